@@ -1,0 +1,26 @@
+"""What a stack must know about a model before it is loaded: depth, heads, spatial grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Geometry of a model's text decoder, as far as planning a stack needs it.
+
+    Parameters
+    ----------
+    family
+        transformers' ``model_type`` of the whole model (``"llava"``).
+    layers, heads, kv_heads
+        Decoder blocks, query heads and key/value heads.
+    spatial_grid
+        Whether image tokens form a raster (rows x columns).
+    """
+
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    spatial_grid: bool = True

@@ -1,0 +1,124 @@
+"""What a mitigation method is: a frozen dataclass of plain parameters plus handlers named after the points."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from mitigate.core.facts import ModelFacts
+from mitigate.core.points import Point, Subscription
+from mitigate.errors import ConfigError, UnknownName
+
+
+class Fidelity(StrEnum):
+    """How close a method is to its source."""
+
+    PAPER = "paper"
+    RECONSTRUCTED = "reconstructed"
+    FROM_ABSTRACT = "from-abstract"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    arxiv: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """Capabilities and honest costs, checked when a stack is built.
+
+    Parameters
+    ----------
+    reads, writes
+        Points the method subscribes to.
+    gradient
+        Needs the gradient of the last attention row.
+    selects_token
+        Chooses the next token itself; such a stack runs with ``handle.generate`` only.
+    stochastic
+        Draws random numbers (from the request's per-sample generators).
+    batch
+        Serves batches of more than one sample.
+    spatial_grid
+        Needs image tokens that form a raster.
+    forwards_per_sample, forwards_per_token, backwards_per_token
+        Extra passes over plain generation: the most it can cost.
+    """
+
+    reads: frozenset[Point] = frozenset()
+    writes: frozenset[Point] = frozenset()
+    gradient: bool = False
+    selects_token: bool = False
+    owns_loop: bool = False
+    stochastic: bool = False
+    batch: bool = True
+    spatial_grid: bool = False
+    forwards_per_sample: float = 0.0
+    forwards_per_token: float = 0.0
+    backwards_per_token: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base class of every method.
+
+    A subclass adds parameters (plain values only), says where it acts (`subscriptions`) and brings one handler
+    ``on_<point>(event, state)`` per point. A handler returns the new value, or ``None`` for "unchanged"; it never edits
+    a tensor in place, and keeps what it must remember on ``state``, which lives as long as one request.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    fidelity: ClassVar[Fidelity]
+    paper: ClassVar[Paper | None] = None
+    tags: ClassVar[Tags]
+    version: ClassVar[int] = 1
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+
+    def subscriptions(self, model: ModelFacts) -> Sequence[Subscription]:
+        """Say where the method acts on a model of this geometry."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where it acts: override subscriptions()")
+
+    @classmethod
+    def identity(cls) -> Self:
+        """Return the method with parameters that must leave the model bit-identical."""
+        raise NotImplementedError(f"{cls.__name__} does not define its identity parameters")
+
+    @classmethod
+    def test_params(cls) -> list[dict[str, Any]]:
+        """Return at least two cheap, non-default parameter sets for the conformance checks."""
+        return [{}]
+
+    @classmethod
+    def preset(cls, preset_name: str, **values: Any) -> Self:
+        """Build the method from a named preset; explicit values win.
+
+        Raises
+        ------
+        UnknownName
+            If the method has no such preset.
+        """
+        if preset_name not in cls.presets:
+            raise UnknownName(f"{cls.name} has no preset {preset_name!r}; it has: {', '.join(cls.presets)}")
+        return cls(**{**cls.presets[preset_name], **values})
+
+    def params(self) -> dict[str, Any]:
+        """Return the parameters by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def require(self, condition: bool, parameter: str, must: str) -> None:
+        """Raise a `ConfigError` that names the parameter unless the condition holds."""
+        if not condition:
+            raise ConfigError(f"methods.{self.name}.{parameter}={getattr(self, parameter)!r} must {must}")
+
+    def require_option(self, parameter: str, options: Sequence[str]) -> None:
+        """Raise a `ConfigError` unless the parameter's value is one of the options."""
+        self.require(getattr(self, parameter) in options, parameter, "be one of " + ", ".join(options))
