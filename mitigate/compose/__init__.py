@@ -1,0 +1,1 @@
+"""From Hydra overrides to a checked, fully resolved run. Nothing else in the project imports Hydra."""
