@@ -1,0 +1,6 @@
+"""Benchmarks: which samples a stack answers and how its answers are scored."""
+
+from __future__ import annotations
+
+BUILTIN: dict[str, str] = {"testbed": "mitigate.benchmarks.testbed:Testbed"}
+"""Registered name -> ``module:class`` of the benchmarks that come with the project."""

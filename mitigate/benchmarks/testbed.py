@@ -1,0 +1,171 @@
+"""The embedded testbed's benchmark: captions (CHAIR) and yes/no questions (POPE) about drawn scenes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind
+from mitigate.errors import DataError
+from mitigate.metrics.chair import chair_counts, chair_metrics, mentions
+from mitigate.metrics.pope import PARSERS, SPLITS, parse, pope_counts, pope_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from PIL.Image import Image
+
+    from mitigate.metrics.base import Metric
+    from mitigate.records import SampleRecord
+    from mitigate.testbed.world import Scene
+
+DEFAULT_SCENES: Final = 200
+TASKS: Final = ("chair", "pope")
+_ANSWER_TOKENS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Testbed(Benchmark):
+    """Scenes that break the co-occurrences the testbed's model was trained on.
+
+    Each scene gives one caption and, per POPE split, up to three questions about objects that are there and as many
+    about objects that are not. The three splits share the questions about what is there; they are separate samples.
+
+    Parameters
+    ----------
+    limit
+        Number of scenes; `DEFAULT_SCENES` if not given.
+    split
+        ``test`` or ``validation``.
+    tasks
+        Any of ``chair`` and ``pope``.
+    parser
+        How yes/no replies are read: ``strict`` or ``official`` (`mitigate.metrics.pope`).
+    """
+
+    __test__: ClassVar[bool] = False  # pytest takes classes called Test... for tests
+    name: ClassVar[str] = "testbed"
+    summary: ClassVar[str] = "CHAIR and POPE on procedurally drawn scenes with broken co-occurrence"
+
+    split: str = "test"
+    tasks: tuple[str, ...] = TASKS
+    parser: str = "strict"
+
+    def __post_init__(self) -> None:
+        """Check the parameters; tasks may come as a list."""
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        super().__post_init__()
+        self.require(self.split in ("test", "validation"), "split", "be test or validation")
+        self.require(self.parser in PARSERS, "parser", f"be one of {', '.join(PARSERS)}")
+        known = bool(self.tasks) and set(self.tasks) <= set(TASKS) and len(set(self.tasks)) == len(self.tasks)
+        self.require(known, "tasks", f"list some of {', '.join(TASKS)}, each once")
+
+    def samples(self) -> list[Sample]:
+        """Return captions and questions scene by scene."""
+        from mitigate.testbed.language import CAPTION_PROMPT, pope_questions
+
+        samples = []
+        for index in range(self.limit or DEFAULT_SCENES):
+            scene = _scene(f"{self.split}-{index}")
+            if "chair" in self.tasks:
+                samples.append(
+                    Sample(
+                        id=f"{scene.id}/caption",
+                        image_id=scene.id,
+                        task="caption",
+                        prompt=CAPTION_PROMPT,
+                        meta={"objects": [thing.name for thing in scene.things]},
+                    )
+                )
+            for kind in SPLITS if "pope" in self.tasks else ():
+                samples.extend(
+                    Sample(
+                        id=f"{scene.id}/pope/{kind}/{question.object}",
+                        image_id=scene.id,
+                        task="yes_no",
+                        prompt=question.text,
+                        meta={"pope": kind, "object": question.object, "label": question.label},
+                    )
+                    for question in pope_questions([scene], kind)
+                )
+        return samples
+
+    def images(self, sample: Sample) -> list[Image]:
+        """Draw the scene."""
+        # A copy: the cached picture must survive a caller that edits what it gets.
+        return [_picture(sample.image_id).copy()]
+
+    def max_new_tokens(self, sample: Sample) -> int | None:
+        """Return a few tokens for an answer; captions are left to the decoding configuration."""
+        return _ANSWER_TOKENS if sample.task == "yes_no" else None
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics of the chosen tasks."""
+        chair = chair_metrics() if "chair" in self.tasks else []
+        return chair + (pope_metrics() if "pope" in self.tasks else [])
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Return CHAIR_i and the mean F1 of the POPE splits, as far as their tasks are chosen."""
+        return tuple(name for task, name in (("chair", "chair_i"), ("pope", "pope/mean/f1")) if task in self.tasks)
+
+    def score(self, record: SampleRecord) -> Mapping[str, float]:
+        """Count one reply against the ground truth in its record.
+
+        Raises
+        ------
+        DataError
+            If the record belongs to a task that is not chosen, or lacks its ground truth.
+        """
+        from mitigate.testbed.language import OBJECT_WORDS
+
+        if ("chair" if record.task == "caption" else "pope") not in self.tasks:
+            raise DataError(f"sample {record.id!r} is a {record.task!r}, but benchmark.tasks={list(self.tasks)}")
+        if record.task == "caption":
+            return chair_counts(record.text, _truth(record, "objects"), OBJECT_WORDS)
+        return pope_counts(record.text, _truth(record, "label"), _truth(record, "pope"), self.parser)
+
+    def correct(self, record: SampleRecord) -> bool | None:
+        """Return whether a yes/no reply is right; ``None`` for captions."""
+        return parse(record.text, self.parser) == _truth(record, "label") if record.task == "yes_no" else None
+
+    def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
+        """Mark object words as right or hallucinated; a wrong yes/no reply is marked hallucinated as a whole."""
+        from mitigate.testbed.language import OBJECT_WORDS
+
+        if sample.task == "yes_no":
+            right = parse(text, self.parser) == _truth(sample, "label")
+            return [Span(text, "correct" if right else "hallucinated")] if text else []
+        spans, end = [], 0
+        for mention in mentions(text, OBJECT_WORDS):
+            kind: SpanKind = "correct" if mention.name in _truth(sample, "objects") else "hallucinated"
+            spans += [Span(text[end : mention.start]), Span(text[mention.start : mention.end], kind)]
+            end = mention.end
+        return [span for span in [*spans, Span(text[end:])] if span.text]
+
+
+def _truth(sample: Sample | SampleRecord, key: str) -> str:
+    try:
+        return sample.meta[key]  # type: ignore[no-any-return]
+    except KeyError:
+        raise DataError(f"sample {sample.id!r} has no {key!r} in its meta; it was not made by this benchmark") from None
+
+
+@lru_cache(maxsize=256)
+def _scene(image_id: str) -> Scene:
+    from mitigate.testbed.world import SPLITS as WORLD_SPLITS
+    from mitigate.testbed.world import scene
+
+    name, _, index = image_id.rpartition("-")
+    for split in WORLD_SPLITS:
+        if split == name and index.isdecimal():
+            return scene(split, int(index))
+    raise DataError(f"{image_id!r} is no scene of the testbed; scenes are called test-0, validation-7, ...")
+
+
+@lru_cache(maxsize=256)
+def _picture(image_id: str) -> Image:
+    from mitigate.testbed.draw import draw
+
+    return draw(_scene(image_id))

@@ -1,0 +1,396 @@
+"""Records: what a run leaves on disk, one line per sample and one summary.
+
+``run_dir/samples.rank<k>.jsonl`` is append-only, one file per process; ``config.json`` says what was asked for and
+``record.json`` what came out. JSON has no NaN and no infinity: an undefined number is written as ``null`` and an
+infinite one as ``"inf"`` or ``"-inf"``, and reading turns both back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mitigate.effects import totals as totals
+from mitigate.errors import DataError
+from mitigate.metrics.base import Interval
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Telemetry = dict[str, dict[str, float]]
+"""Method key, or ``bus``, -> counter -> amount."""
+
+_SAMPLE_FILE = re.compile(r"samples\.rank(\d+)\.jsonl")
+
+
+def to_json(value: Any) -> Any:
+    """Return the value with every number JSON cannot hold replaced: NaN by ``None``, infinities by strings.
+
+    Raises
+    ------
+    DataError
+        If something in it is no plain data (numbers, text, lists, dicts with text keys, dataclasses).
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise DataError(f"a record cannot hold the key {bad[0]!r}: keys must be text")
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise DataError(f"a record cannot hold {type(value).__name__} {value!r:.60}: turn it into plain numbers or text")
+
+
+def number(value: Any) -> float:
+    """Read a number as `to_json` wrote it.
+
+    Raises
+    ------
+    DataError
+        If it is none.
+    """
+    if value is None:
+        return math.nan
+    if value in ("inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return float(value)
+    raise DataError(f"expected a number but found {value!r:.60}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step: a reader, or a crash, sees the old file or the new one, nothing between.
+
+    Raises
+    ------
+    DataError
+        As `to_json` does.
+    """
+    text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    DataError
+        If it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def content_hash(parts: Iterable[Any]) -> str:
+    """Return the sha256 (hex) of a sequence of byte strings and JSON values; where one part ends matters."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(to_json(part), sort_keys=True).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """One answered sample.
+
+    Parameters
+    ----------
+    id, image_id, task, prompt, meta
+        As in the benchmark's sample; ``meta`` carries the ground truth, so that scoring needs nothing else.
+        Its numbers must be finite.
+    text
+        Raw reply.
+    tokens
+        Generated tokens, the end token included.
+    finished
+        Whether the model ended by itself before the limit.
+    telemetry
+        What the methods and the bus did for this sample.
+    seconds
+        Wall time of its batch divided by the batch size.
+    error
+        Why there is no reply; ``None`` normally.
+    """
+
+    id: str
+    image_id: str
+    task: str
+    prompt: str
+    text: str
+    tokens: int
+    finished: bool
+    meta: dict[str, Any] = field(default_factory=dict)
+    telemetry: Telemetry = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def to_line(self) -> str:
+        """Return the record as one line of ASCII JSON, without the line end.
+
+        Raises
+        ------
+        DataError
+            If ``meta`` holds a NaN or an infinity (ground truth must survive exactly) or anything that is not plain.
+        """
+        data = to_json(self)
+        if data["meta"] != self.meta:
+            raise DataError(f"sample {self.id!r}: meta must be plain JSON (lists, text keys) with finite numbers")
+        return json.dumps(data, allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line: str) -> Self:
+        """Read a record from its line.
+
+        Raises
+        ------
+        DataError
+            If it is no record.
+        """
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"no valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise DataError("a record must be a JSON object")
+        expected = {f.name for f in dataclasses.fields(cls)}
+        if odd := sorted(expected.symmetric_difference(data)):
+            raise DataError(f"the field {odd[0]!r} is {'missing' if odd[0] in expected else 'unknown'}")
+        for names, kind in ((("id", "image_id", "task", "prompt", "text"), str), (("meta", "telemetry"), dict)):
+            for name in names:
+                if not isinstance(data[name], kind):
+                    raise DataError(f"the field {name!r} must be {kind.__name__}, not {data[name]!r:.60}")
+        if type(data["tokens"]) is not int or type(data["finished"]) is not bool:
+            raise DataError("the field 'tokens' must be a whole number and 'finished' true or false")
+        if not isinstance(data["error"], str | None):
+            raise DataError("the field 'error' must be text or null")
+        telemetry = _read_telemetry(data["telemetry"])
+        return cls(**{**data, "telemetry": telemetry, "seconds": number(data["seconds"])})
+
+    @property
+    def answer(self) -> tuple[Any, ...]:
+        """What makes two records of one sample the same: everything but measurements of the machine."""
+        return (self.id, self.image_id, self.task, self.prompt, self.text, self.tokens, self.finished, self.meta)
+
+
+def _read_telemetry(data: Mapping[str, Any]) -> Telemetry:
+    if bad := [key for key, counters in data.items() if not isinstance(counters, dict)]:
+        raise DataError(f"the telemetry of {bad[0]!r} must map counters to numbers")
+    return {key: {name: number(amount) for name, amount in counters.items()} for key, counters in data.items()}
+
+
+class RecordWriter:
+    """Appends records to one process' file; each one is on the disk before `append` returns.
+
+    Opening repairs a torn last line (a run that was killed while writing): the part is cut off, and its sample counts
+    as not done.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of the run; made if missing.
+    rank
+        Number of the process.
+    """
+
+    def __init__(self, run_dir: Path, rank: int = 0) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / f"samples.rank{rank}.jsonl"
+        # Unbuffered, so that a failed write leaves nothing behind that a later one would flush.
+        self._file = self.path.open("ab", buffering=0)
+        whole = _whole_length(self.path)
+        if whole < self._file.tell():
+            self._file.truncate(whole)
+            self._file.seek(whole)
+
+    def append(self, record: SampleRecord) -> None:
+        """Write one record.
+
+        Raises
+        ------
+        DataError
+            If the record cannot be written as JSON, or the disk refuses it; the file then is as before.
+        """
+        line = record.to_line().encode("ascii") + b"\n"
+        start = self._file.tell()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the disk took only a part of the line")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(start)
+            self._file.seek(start)
+            raise DataError(f"{self.path}: cannot write sample {record.id!r}: {error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+
+def _whole_length(path: Path) -> int:
+    """Return how many bytes of a file end with a complete line."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def sample_files(run_dir: Path) -> list[Path]:
+    """Return the sample files of a run by rank; none if the folder does not exist."""
+    found = [(match, path) for path in Path(run_dir).glob("*") if (match := _SAMPLE_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted((int(match.group(1)), path) for match, path in found)]
+
+
+def read_samples(run_dir: Path) -> list[SampleRecord]:
+    """Read all records of a run, whichever process wrote them, in natural order of their ids.
+
+    A torn last line of a file is left out. A sample that failed and was answered later is the later record; a sample
+    answered twice (ranks may be padded with copies) is the first one.
+
+    Raises
+    ------
+    DataError
+        Naming file and line, for a damaged line, and for two records of one sample that answer differently.
+    """
+    chosen: dict[str, tuple[SampleRecord, str]] = {}
+    for path in sample_files(run_dir):
+        data = path.read_bytes()
+        for index, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+            where = f"{path}:{index}"
+            try:
+                record = SampleRecord.from_line(line.decode("utf-8"))
+            except (DataError, UnicodeDecodeError) as error:
+                raise DataError(f"{where}: {error}; delete the line, and its sample is run again") from None
+            known = chosen.get(record.id)
+            if known is None or (known[0].error is not None and record.error is None):
+                chosen[record.id] = (record, where)
+            elif record.error is None and known[0].answer != record.answer:
+                raise DataError(f"{where}: sample {record.id!r} has another answer in {known[1]}; delete one of them")
+    return [chosen[key][0] for key in sorted(chosen, key=natural_key)]
+
+
+def finished_ids(run_dir: Path) -> set[str]:
+    """Return the ids of the samples that need not be run again; a sample that failed is not among them.
+
+    Raises
+    ------
+    DataError
+        As `read_samples` does.
+    """
+    return {record.id for record in read_samples(run_dir) if record.error is None}
+
+
+def natural_key(text: str) -> tuple[str, str]:
+    """Sort key under which ``test-2`` comes before ``test-10``."""
+    return re.sub(r"\d+", lambda match: match.group().zfill(20), text), text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run: what was asked for, what came out, and everything needed to trace it.
+
+    Parameters
+    ----------
+    status
+        ``running``, ``finished`` or ``failed``.
+    stack
+        Name of the stack.
+    samples
+        Number of answered samples.
+    config, provenance
+        Resolved configuration, and where each value came from.
+    metrics
+        Metric -> value with interval.
+    cost
+        Times and token counts.
+    telemetry
+        Sums over all samples (`mitigate.effects.totals`).
+    versions, git
+        Of the software.
+    data_hash, prompt_hash
+        Of the benchmark's samples and pictures, and of its prompts.
+    created_at
+        ISO time, UTC.
+    """
+
+    status: str
+    stack: str
+    samples: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    telemetry: Telemetry = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, str | bool | None] = field(default_factory=dict)
+    data_hash: str = ""
+    prompt_hash: str = ""
+    created_at: str = ""
+
+    def write(self, run_dir: Path) -> None:
+        """Write ``config.json`` and ``record.json``.
+
+        Raises
+        ------
+        DataError
+            If the configuration holds something that is not plain data.
+        """
+        data = to_json(self)
+        asked = {key: data.pop(key) for key in ("config", "provenance")}
+        write_json(Path(run_dir) / "config.json", asked)
+        write_json(Path(run_dir) / "record.json", data)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
+        """Read what `write` wrote.
+
+        Raises
+        ------
+        DataError
+            If a file is missing, damaged or of another version.
+        """
+        path = Path(run_dir) / "record.json"
+        data = {**read_json(Path(run_dir) / "config.json"), **read_json(path)}
+        try:
+            data["metrics"] = {
+                name: Interval(**{part: number(value) for part, value in interval.items()})
+                for name, interval in data["metrics"].items()
+            }
+            data["cost"] = {name: number(value) for name, value in data["cost"].items()}
+            data["telemetry"] = _read_telemetry(data["telemetry"])
+            return cls(**data)
+        except (KeyError, TypeError, AttributeError, DataError) as error:
+            raise DataError(f"{path} is no run record of this version: {error}") from None
