@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,38 +13,51 @@ if TYPE_CHECKING:
 
 
 class MethodState(SimpleNamespace):
-    """What a method remembers during one request: free attributes, plus counters and traces per sample.
+    """What a method remembers during one request: free attributes, plus counters per request row.
 
     Attributes are the method's own (``state.history = ...``). A new request starts with a new state.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, key: str, rows: int) -> None:
         super().__init__()
+        self.key = key
         self._rows = rows
         self._counters: dict[str, Tensor] = {}
+        self._seconds = 0.0
+
+    def spend(self, seconds: float) -> None:
+        """Add to the time spent in the method's handlers, shared out among the rows."""
+        self._seconds += seconds
 
     def count(self, counter: str, amount: Tensor | float, where: Tensor | None = None) -> None:
-        """Add to a counter of every sample.
+        """Add to a counter of every request row.
 
         Parameters
         ----------
         counter
             Name in the telemetry, such as ``rejections``.
         amount
-            Number or ``[B]`` tensor.
+            Number, or ``[B]`` tensor.
         where
-            ``[B]`` mask of the samples to count; all by default.
+            ``[B]`` mask of the rows to count; all by default.
         """
-        value = torch.as_tensor(amount, dtype=torch.float64).detach()
-        value = value.expand(self._rows) if value.ndim == 0 else value
+        value = torch.as_tensor(amount).detach()
         if where is not None:
             value = value * where.to(value.device)
+        value = value.expand(self._rows).double()
         total = self._counters.get(counter)
-        self._counters[counter] = value.clone() if total is None else total + value.to(total.device)
+        self._counters[counter] = value if total is None else total + value.to(total.device)
 
-    def counters(self, row: int) -> dict[str, float]:
-        """Return the counters of one request row."""
-        return {name: float(total[row]) for name, total in sorted(self._counters.items())}
+    def repeat(self, factor: int) -> None:
+        """Follow a repetition of the request rows; a counter's total is shared out among the copies."""
+        self._rows *= factor
+        self._counters = {name: total.repeat_interleave(factor) / factor for name, total in self._counters.items()}
+
+    def summed(self, rows: Iterable[int]) -> dict[str, float]:
+        """Return the counters summed over request rows."""
+        chosen = list(rows)
+        counters = {name: float(total[chosen].sum()) for name, total in sorted(self._counters.items())}
+        return {**counters, "seconds": self._seconds * len(chosen) / self._rows}
 
     def get(self, attribute: str, default: Any = None) -> Any:
         """Return an attribute, or the default while the method has not set it."""

@@ -1,0 +1,24 @@
+"""Model families (``model_type`` -> adapter) and loading of checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mitigate.adapters.loading import LoadedModel as LoadedModel
+    from mitigate.adapters.loading import adapter_for as adapter_for
+    from mitigate.adapters.loading import load_model as load_model
+
+BUILTIN = {
+    "llava": "mitigate.adapters.llava:LlavaAdapter",
+}
+__all__ = ["BUILTIN", "LoadedModel", "adapter_for", "load_model"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the loading code, and with it transformers, on first use."""
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module("mitigate.adapters.loading"), name)
+    raise AttributeError(f"module 'mitigate.adapters' has no attribute {name!r}")

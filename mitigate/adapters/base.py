@@ -1,0 +1,182 @@
+"""What the bus must know about a model family: its parts, its geometry, and the roles of its tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mitigate.core.facts import ModelFacts
+from mitigate.core.layout import ImageSpan, Role, TokenLayout
+from mitigate.errors import LayoutError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+    from mitigate.core.request import Request
+
+
+class Adapter(ABC):
+    """One model family. Subclasses bring the rule for image spans; the rest is transformers' common interface."""
+
+    family: str
+    """transformers' ``model_type``, and the name under which the adapter is registered."""
+    spatial_grid: bool = True
+    """Whether image tokens form a raster."""
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    def decoder_layers(self, model: PreTrainedModel) -> Sequence[Any]:
+        """Return the blocks of the text decoder, first to last."""
+        return cast("Sequence[Any]", model.get_decoder().layers)
+
+    def decoder_config(self, model: PreTrainedModel) -> PretrainedConfig:
+        """Return the configuration object the decoder's attention modules share."""
+        return cast("PretrainedConfig", model.config.get_text_config(decoder=True))
+
+    @abstractmethod
+    def projector(self, model: PreTrainedModel) -> nn.Module:
+        """Return the module whose output is the projected image features ``[images, N, D]``."""
+
+    def facts(self, model: PreTrainedModel) -> ModelFacts:
+        """Read the geometry off a loaded model."""
+        return self.facts_of_config(model.config)
+
+    def facts_of_config(self, config: Any) -> ModelFacts:
+        """Read the geometry off a configuration."""
+        text = config.get_text_config(decoder=True)
+        return ModelFacts(
+            family=config.model_type,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            spatial_grid=self.spatial_grid,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- the layout
+
+    @abstractmethod
+    def image_spans(self, model: PreTrainedModel, row: Tensor, inputs: Mapping[str, Any]) -> list[ImageSpan]:
+        """Return the images of one row of token ids ``[P]`` from left to right, ``image`` counted from 0.
+
+        Raises
+        ------
+        LayoutError
+            If the tokens do not fit the model's image geometry.
+        """
+
+    def layout(self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> TokenLayout:
+        """Derive the roles of a batch of prompts.
+
+        Parameters
+        ----------
+        ids
+            ``[B, P]`` token ids as the processor made them (image placeholders expanded).
+        mask
+            ``[B, P]`` attention mask, or ``None`` when nothing is padded.
+        inputs
+            The other inputs of the forward (image sizes, grids).
+
+        Raises
+        ------
+        LayoutError
+            If prompts are padded on the right, the mask has another shape, or the image tokens fit no image.
+        """
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if mask.shape != ids.shape:
+            raise LayoutError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} (batch, prompt)")
+        if not bool(mask[:, -1].all()):
+            raise LayoutError("prompts are padded on the right; set processor.tokenizer.padding_side = 'left'")
+        roles = torch.where(mask.bool(), int(Role.PROMPT), int(Role.PAD)).to(torch.int8)
+        rows: list[tuple[ImageSpan, ...]] = []
+        count = 0
+        image_tokens = ids == model.config.image_token_id
+        for index in range(ids.shape[0]):
+            spans = self.image_spans(model, ids[index], inputs)
+            if spans:
+                first = int(image_tokens[index].int().argmax())
+                before = torch.arange(ids.shape[1], device=ids.device) < first
+                roles[index, before & mask[index].bool()] = int(Role.SYSTEM)
+            rows.append(
+                tuple(ImageSpan(span.image + count, span.positions, span.grid, span.stop) for span in spans)
+            )
+            count += len(spans)
+        roles[image_tokens] = int(Role.IMAGE)
+        return TokenLayout(roles, tuple(rows), ids.shape[1])
+
+    def whole_prompt(self, inputs: Mapping[str, Any], request: Request) -> dict[str, Any]:
+        """Turn the inputs of the first forward into those of a cacheless pass over the whole prompt.
+
+        The first forward may cover a part of the prompt only (chunked or split prefill); images are not encoded again
+        when ``generate`` has encoded them already.
+        """
+        layout = request.layout
+        length = layout.prompt_length
+        mask = layout.valid[:, :length].long()
+        dropped = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "labels"}
+        kept = {name: value for name, value in inputs.items() if name not in dropped}
+        return {
+            **kept,
+            "input_ids": request.ids[:, :length],
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+            "use_cache": False,
+            "logits_to_keep": 1,
+            "return_dict": True,
+        }
+
+    # ----------------------------------------------------------------------------------------------------- the inputs
+
+    def inputs(
+        self, model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Sequence[Image]]
+    ) -> BatchFeature:
+        """Make the model inputs of a batch: chat template, left padding, tensors on the model's device.
+
+        Parameters
+        ----------
+        prompts
+            User texts, without template or image placeholders.
+        images
+            Per prompt its pictures; they come before the text.
+        """
+        texts = []
+        for prompt, pictures in zip(prompts, images, strict=True):
+            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
+            texts.append(
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            )
+        flat = [picture for pictures in images for picture in pictures]
+        batch = processor(text=texts, images=flat or None, return_tensors="pt", padding=True, padding_side="left")
+        return cast("BatchFeature", batch.to(model.device, dtype=model.dtype))
+
+
+def runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Return ``(start, stop)`` of the runs of True in ``[P]``."""
+    padded = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    starts = (padded == 1).nonzero().flatten().tolist()
+    stops = (padded == -1).nonzero().flatten().tolist()
+    return list(zip(starts, stops, strict=True))
+
+
+def equal_spans(row: Tensor, image_token: int, size: int, family: str) -> Iterable[tuple[int, int]]:
+    """Cut runs of image tokens into images of ``size`` tokens; adjacent images share a run.
+
+    Raises
+    ------
+    LayoutError
+        If a run is no multiple of the size.
+    """
+    for start, stop in runs(row == image_token):
+        if (stop - start) % size:
+            raise LayoutError(
+                f"{stop - start} image tokens in a row, but {family} makes {size} of each image;"
+                " was the prompt made by this model's processor?"
+            )
+        for first in range(start, stop, size):
+            yield first, first + size
+

@@ -1,0 +1,161 @@
+"""Serving the points inside attention: which rows are asked for, the exact rows, the edits and their counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mitigate.core import attention
+from mitigate.core.plan import BoundSubscription
+from mitigate.core.points import Access, AttentionProbs, AttentionScores, Phase, Point, Rows
+from mitigate.core.request import Frame, Request, RowSelection
+from mitigate.errors import HookError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from mitigate.core.bus import HookBus
+
+
+class AttentionPoints:
+    """Runs the attention of one decoder for a bus.
+
+    Layers, phases and rows nobody asked for go through fused attention untouched. Rows that are asked for are recomputed
+    exactly, handed to the methods in stack order (scores before weights), and put back if somebody changed them.
+    """
+
+    def __init__(self, bus: HookBus, modules: Sequence[nn.Module]) -> None:
+        self._bus = bus
+        self._index = {id(module): index for index, module in enumerate(modules)}
+        self._plan = {
+            (phase, index): [
+                item
+                for point in (Point.ATTENTION_SCORES, Point.ATTENTION_PROBS)
+                for item in bus.subscriptions(point, index)
+                if phase in item.subscription.phases
+            ]
+            for phase in Phase
+            for index in range(len(modules))
+        }
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Compute the attention of one layer, ``[B, Q, H, d]``; arguments as in `attention.mitigate_attention`."""
+        layer = self._index[id(module)]
+        request = self._bus.request
+        frame = request.frame if request else None
+        if request is None or frame is None:
+            return attention.fused(module, query, key, value, mask, kwargs)
+        items = [item for item in self._plan[frame.phase, layer] if self._bus.serves(item, frame)]
+        asked = [(item, self._selection(item.subscription.rows, request, frame, query.device)) for item in items]
+        asked = [(item, selection) for item, selection in asked if selection is not None]
+        if not asked:
+            return attention.fused(module, query, key, value, mask, kwargs)
+        attention.refuse_unserved(layer, kwargs)
+        if key.shape[2] < frame.stop:
+            raise UnsupportedModel(f"layer {layer} keeps only {key.shape[2]} of {frame.stop} keys (sliding window)")
+        base = attention.fused(module, query, key, value, mask, kwargs)
+        local = _union([selection for _, selection in asked if selection is not None])
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
+        probs, edited = self._edit(asked, layer, request, frame, local, scores)
+        if edited is None:
+            return base
+        return attention.splice(base, attention.mix_values(probs, value), local, edited)
+
+    def _edit(
+        self,
+        asked: Sequence[tuple[BoundSubscription, RowSelection | None]],
+        layer: int,
+        request: Request,
+        frame: Frame,
+        local: Tensor,
+        matrix: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the handlers over the rows; return the final weights ``[B, H, R, K]`` and the edited rows ``[B, R]``."""
+        positions = local + frame.start
+        common: dict[str, Any] = dict(
+            phase=frame.phase, step=frame.step, branch=frame.branch, request=request, layer=layer, rows=positions
+        )
+        edited: Tensor | None = None
+        softmaxed = False
+        for item, selection in asked:
+            if item.subscription.point is Point.ATTENTION_PROBS and not softmaxed:
+                matrix, softmaxed = matrix.softmax(-1), True
+            row_mask = _spread(cast(RowSelection, selection), local)
+            if item.subscription.access is Access.GRADIENT and frame.gradient:
+                # the lowest layer's rows become the graph's leaf; above it they already depend on it
+                matrix = matrix if matrix.requires_grad else matrix.detach().requires_grad_()
+                frame.tape[layer] = matrix
+                edited = row_mask if edited is None else edited | row_mask
+            if softmaxed:
+                new = self._bus.call(item, AttentionProbs(probs=matrix, row_mask=row_mask, **common))
+            else:
+                new = self._bus.call(item, AttentionScores(scores=matrix, row_mask=row_mask, **common))
+            if new is None:
+                continue
+            if item.subscription.access is not Access.WRITE:
+                raise HookError(f"{item.key} returned a value at {item.subscription.point} but subscribed to read only")
+            new = torch.where(row_mask[:, None, :, None], new, matrix)
+            changed = self._count(item, request, matrix, new, row_mask, softmaxed)
+            edited = changed if edited is None else edited | changed
+            matrix = new
+        return (matrix if softmaxed else matrix.softmax(-1)), edited
+
+    @staticmethod
+    def _count(
+        item: BoundSubscription, request: Request, old: Tensor, new: Tensor, row_mask: Tensor, softmaxed: bool
+    ) -> Tensor:
+        """Count the rows an edit changed and by how much (L1 of the weights, mean over heads); ``[B, R]`` changed."""
+        old, new = old.detach(), new.detach()
+        if not softmaxed:
+            old, new = old.softmax(-1), new.softmax(-1)
+        change = (new - old).abs().sum(-1).mean(1) * row_mask
+        changed = change > 0
+        state = request.state(item.key)
+        state.count("rows_edited", changed.sum(1))
+        state.count("l1_change", change.sum(1))
+        return changed
+
+    @staticmethod
+    def _selection(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
+        """Rows of this forward a subscription asks for: local indices ``[R]`` and mask ``[B, R]``; once per forward."""
+        if rows not in frame.selections:
+            frame.selections[rows] = _select(rows, request, frame, device)
+        return frame.selections[rows]
+
+
+def _select(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
+    layout, width = request.layout, frame.stop - frame.start
+    if rows is Rows.LAST or rows is Rows.PREDICTORS:
+        first_predictor = layout.prompt_length - 1
+        if frame.stop <= first_predictor:
+            return None  # a chunk of the prompt that predicts nothing
+        first = max(frame.start, first_predictor) if rows is Rows.PREDICTORS else frame.stop - 1
+        local = torch.arange(first - frame.start, width, device=device)
+        return local, (~request.finished).to(device)[:, None].expand(-1, len(local))
+    if rows is Rows.ALL:
+        return torch.arange(width, device=device), layout.valid[:, frame.start : frame.stop].to(device)
+    wanted = rows(layout)[:, frame.start : frame.stop].to(device)
+    local = wanted.any(0).nonzero().flatten()
+    return (local, wanted[:, local]) if len(local) else None
+
+
+def _union(selections: Sequence[RowSelection]) -> Tensor:
+    """Join the local rows of all selections, ascending."""
+    first = selections[0][0]
+    if all(local is first for local, _ in selections):
+        return first
+    return torch.cat([local for local, _ in selections]).unique()
+
+
+def _spread(selection: RowSelection, local: Tensor) -> Tensor:
+    """Express a selection's row mask over the union of rows, ``[B, R]``."""
+    own, mask = selection
+    if own is local:
+        return mask
+    spread = torch.zeros(mask.shape[0], len(local), dtype=torch.bool, device=mask.device)
+    spread[:, torch.searchsorted(local, own)] = mask
+    return spread

@@ -1,0 +1,309 @@
+"""The hook bus: calls the methods of a stack, in stack order, at the points they subscribed to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mitigate.core import attention
+from mitigate.core.attention_points import AttentionPoints
+from mitigate.core.method import Method
+from mitigate.core.plan import BoundSubscription, bind
+from mitigate.core.points import (
+    ROW_POINTS,
+    Access,
+    Event,
+    HiddenStates,
+    NextTokenLogits,
+    Phase,
+    Point,
+    SelectToken,
+    Selection,
+    VisualEmbeddings,
+)
+from mitigate.core.request import Frame, Request
+from mitigate.core.state import MethodState
+from mitigate.errors import HookError, LayoutError, MitigateError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mitigate.adapters.base import Adapter
+
+
+class _Enough(Exception):
+    """Ends a diagnostic forward after the last layer that is read."""
+
+
+def _enough(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Enough
+
+
+class HookBus:
+    """Serves one stack on one model, between `install` and the close of the exit stack it was given.
+
+    Parameters
+    ----------
+    model
+        The whole vision-language model.
+    adapter
+        Knows the model's parts and derives token layouts.
+    methods
+        Key -> method, in stack order.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, methods: Mapping[str, Method]) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.methods = dict(methods)
+        self.bound = bind(self.methods, adapter.facts(model))
+        self.request: Request | None = None
+        self.last_request: Request | None = None
+        self._layers = list(adapter.decoder_layers(model))
+        self._diagnosing = False
+        self._prefill_inputs: dict[str, Any] = {}
+
+    def subscriptions(self, point: Point, layer: int | None = None) -> list[BoundSubscription]:
+        """Return the subscriptions of a point (and layer), in stack order."""
+        return [
+            item
+            for item in self.bound
+            if item.subscription.point is point and (layer is None or layer in item.subscription.layers)
+        ]
+
+    @property
+    def gradient_layers(self) -> tuple[int, ...]:
+        """Layers whose attention rows need a graph, ascending."""
+        wanted = {
+            layer
+            for item in self.bound
+            if item.subscription.access is Access.GRADIENT
+            for layer in item.subscription.layers
+        }
+        return tuple(sorted(wanted))
+
+    # ---------------------------------------------------------------------------------------------------- installing
+
+    def install(self, undo: ExitStack) -> None:
+        """Put hooks where the stack needs them; every change pushes its own undo."""
+        undo.callback(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        undo.callback(self.model.register_forward_hook(self._after_forward).remove)
+        if self.subscriptions(Point.VISUAL_EMBEDDINGS):
+            projector = self.adapter.projector(self.model)
+            undo.callback(projector.register_forward_hook(self._after_projector).remove)
+        for index, layer in enumerate(self._layers):
+            if self.subscriptions(Point.HIDDEN_STATES, index):
+                undo.callback(layer.register_forward_hook(self._layer_hook(index)).remove)
+        if any(item.subscription.point in ROW_POINTS for item in self.bound):
+            self._install_attention(undo)
+
+    def _install_attention(self, undo: ExitStack) -> None:
+        attention.register()
+        config = self.adapter.decoder_config(self.model)
+        modules = [layer.self_attn for layer in self._layers]
+        strangers = [module for module in modules if getattr(module, "config", None) is not config]
+        if strangers:
+            raise UnsupportedModel(f"{type(strangers[0]).__name__} does not share the decoder's configuration")
+        points = AttentionPoints(self, modules)
+        # the setter would walk into sub-configurations; only the text decoder's own entry is ours to change
+        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+        config._attn_implementation_internal = attention.ATTENTION_NAME
+        for module in modules:
+            undo.callback(attention.SERVED_BY.pop, module, None)
+            attention.SERVED_BY[module] = points
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def begin(self, request: Request) -> None:
+        """Start serving a request."""
+        self.request = self.last_request = request
+
+    def end(self) -> None:
+        """Stop serving the request; the next forward starts a new one."""
+        if self.request is not None and self.request.began:
+            self._lifecycle(Point.SAMPLE_END)
+        self.request = None
+
+    def _lifecycle(self, point: Point) -> None:
+        request = self._running()
+        frame = request.frame
+        for item in self.subscriptions(point):
+            phase = frame.phase if frame else Phase.PREFILL
+            event = Event(phase=phase, step=frame.step if frame else 0, branch="main", request=request)
+            self.call(item, event)
+
+    def _running(self) -> Request:
+        if self.request is None:
+            raise HookError("the model ran outside a request; this is a bug of the hook bus")
+        return self.request
+
+    def call(self, item: BoundSubscription, event: Event) -> Any:
+        """Call a handler, count its time, and name the culprit if it fails."""
+        state = event.request.state(item.key)
+        started = time.perf_counter()
+        try:
+            return item.handler(event, state)
+        except (MitigateError, _Enough):
+            raise
+        except Exception as error:
+            layer = getattr(event, "layer", None)
+            where = f"{f'layer {layer}, ' if layer is not None else ''}phase {event.phase}, step {event.step}"
+            raise HookError(f"{item.key}.{item.handler.__name__} failed at {where}: {error!r}") from error
+        finally:
+            state.spend(time.perf_counter() - started)
+
+    # ------------------------------------------------------------------------------------------------------ forwards
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._diagnosing:  # its frame is already set
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise LayoutError("inputs_embeds without input_ids: token roles cannot be known; pass input_ids")
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if past == 0 and (self.request is None or not self.request.generating):
+            self.begin(self.new_request(ids, kwargs.get("attention_mask"), kwargs))
+        request = self.request
+        if request is None or (not request.generating and past != request.layout.length):
+            raise LayoutError("a cached forward that does not continue a prompt run under this stack; run the prompt first")
+        if ids.shape[0] != request.layout.rows:
+            request.expand(ids.shape[0])
+        frame = request.advance(past, past + ids.shape[1], ids[:, -1])
+        frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
+        if not request.began:
+            request.began = True
+            self._prefill_inputs = kwargs
+            self._lifecycle(Point.SAMPLE_BEGIN)
+            self._prefill_inputs = {}
+        self._lifecycle(Point.STEP_BEGIN)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._diagnosing:
+            return None
+        request = self._running()
+        frame = cast(Frame, request.frame)
+        active = ~request.finished
+        predictors = max(frame.stop - max(frame.start, request.layout.prompt_length - 1), 0)
+        request.totals.count("forwards", 1.0, active)
+        request.totals.count("attention_rows", float(predictors * len(self._layers)), active)
+        if predictors:
+            for item in self.subscriptions(Point.NEXT_TOKEN_LOGITS):
+                self._edit_logits(item, request, frame, output)
+            request.graph_logits = output.logits[:, -1] if frame.gradient else None
+            if frame.phase is Phase.PREFILL:
+                self._lifecycle(Point.PREFILL_END)
+        self._lifecycle(Point.STEP_END)
+        return output
+
+    def _edit_logits(self, item: BoundSubscription, request: Request, frame: Frame, output: Any) -> None:
+        last, active = output.logits[:, -1], ~request.finished
+        event = NextTokenLogits(
+            phase=frame.phase, step=frame.step, branch=frame.branch, request=request, logits=last
+        )
+        edited = self.call(item, event)
+        if edited is not None:
+            edited = torch.where(active[:, None], edited.to(last.dtype), last)
+            request.state(item.key).count("steps_edited", (edited != last).any(1))
+            output.logits = torch.cat([output.logits[:, :-1], edited[:, None]], 1)
+
+    def new_request(self, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any], **options: Any) -> Request:
+        """Derive the layout of a batch of prompts and make the request that carries it."""
+        return Request(self, self.adapter.layout(self.model, ids, mask, inputs), ids, **options)
+
+    def diagnose(self, request: Request, state: MethodState, last_layer: int) -> None:
+        """See `Request.diagnose`."""
+        outer, inputs = request.frame, self.adapter.whole_prompt(self._prefill_inputs, request)
+        length = request.layout.prompt_length
+        request.frame = Frame(
+            phase=Phase.DIAGNOSTIC, step=0, start=0, stop=length, branch="diagnostic", owner=state.key
+        )
+        stop = self._layers[last_layer].register_forward_hook(_enough)
+        self._diagnosing = True
+        try:
+            with torch.no_grad():
+                self.model(**inputs)
+        except _Enough:
+            state.count("extra_forwards", 1.0)
+        finally:
+            stop.remove()
+            self._diagnosing, request.frame = False, outer
+
+    # -------------------------------------------------------------------------------------------------------- layers
+
+    def _layer_hook(self, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+        items = self.subscriptions(Point.HIDDEN_STATES, layer)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            frame = self.request.frame if self.request else None
+            if frame is None:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            for item in items:
+                if self.serves(item, frame):
+                    hidden = self._edit_hidden(item, layer, frame, hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _edit_hidden(self, item: BoundSubscription, layer: int, frame: Frame, hidden: Tensor) -> Tensor:
+        request = self._running()
+        positions = torch.arange(frame.start, frame.stop, device=hidden.device)
+        event = HiddenStates(
+            phase=frame.phase,
+            step=frame.step,
+            branch=frame.branch,
+            request=request,
+            layer=layer,
+            hidden=hidden,
+            positions=positions,
+        )
+        edited = self.call(item, event)
+        if edited is None:
+            return hidden
+        changed = (edited != hidden).any(-1).sum(1)
+        request.state(item.key).count("tokens_edited", changed)
+        return cast(Tensor, edited)
+
+    @staticmethod
+    def serves(item: BoundSubscription, frame: Frame) -> bool:
+        """Whether a subscription is called in this forward."""
+        return frame.phase in item.subscription.phases and frame.owner in (None, item.key)
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.request is None or self._diagnosing:
+            return None
+        features, changed = list(output), False
+        for item in self.subscriptions(Point.VISUAL_EMBEDDINGS):
+            event = VisualEmbeddings(
+                phase=Phase.PREFILL, step=0, branch="main", request=self.request, features=features
+            )
+            edited = self.call(item, event)
+            if edited is not None:
+                features, changed = list(edited), True
+        return torch.stack(features) if changed else None
+
+    # ------------------------------------------------------------------------------------------------------ choosing
+
+    def select_token(self, logits: Tensor, scores: Tensor) -> Selection | None:
+        """Ask the stack's token-selecting method, if any, for the next token of every row."""
+        request = self._running()
+        frame = cast(Frame, request.frame)
+        for item in self.subscriptions(Point.SELECT_TOKEN):
+            event = SelectToken(
+                phase=frame.phase,
+                step=frame.step,
+                branch="main",
+                request=request,
+                logits=logits,
+                scores=scores,
+                active=~request.finished,
+            )
+            return cast("Selection | None", self.call(item, event))
+        return None
+

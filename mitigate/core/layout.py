@@ -1,0 +1,110 @@
+"""TokenLayout: the role of every position of every sample, so that no method needs a hard-coded index."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """Role of a position in the padded sequence.
+
+    ``SYSTEM`` is text before the sample's first image, ``PROMPT`` prompt text after it (also between images); a prompt
+    without an image is all ``PROMPT``.
+    """
+
+    PAD = 0
+    SYSTEM = 1
+    IMAGE = 2
+    PROMPT = 3
+    GENERATED = 4
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one image (or tile, or frame) lies in the sequence.
+
+    Parameters
+    ----------
+    image
+        Index of the image among all images of the batch, in the order the processor delivered them.
+    positions
+        ``[N]`` columns of its patches in raster order; separator and class tokens are not among them.
+    grid
+        ``(rows, columns)`` with ``rows * columns == N``, or ``None`` when the tokens form no raster.
+    stop
+        Column after the image's last token (separators included).
+    """
+
+    image: int
+    positions: Tensor
+    grid: tuple[int, int] | None
+    stop: int
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Roles of a batch of left-padded prompts and what is generated after them.
+
+    Parameters
+    ----------
+    prompt_roles
+        ``[B, P]`` int8 of `Role` values for the padded prompt.
+    images
+        Per row: its images from left to right.
+    length
+        Columns so far: P plus the generated ones.
+    """
+
+    prompt_roles: Tensor
+    images: tuple[tuple[ImageSpan, ...], ...]
+    length: int
+
+    @property
+    def rows(self) -> int:
+        """Number of request rows B."""
+        return self.prompt_roles.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """Columns P of the padded prompt; the first generated token has position P."""
+        return self.prompt_roles.shape[1]
+
+    @cached_property
+    def roles(self) -> Tensor:
+        """``[B, L]`` int8 roles, generated columns included."""
+        fresh = self.length - self.prompt_length
+        return torch.nn.functional.pad(self.prompt_roles, (0, fresh), value=int(Role.GENERATED))
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """``[B, L]`` False at padding."""
+        return self.roles != Role.PAD
+
+    @cached_property
+    def after_image(self) -> Tensor:
+        """``[B]`` first column after the row's last image token; the first text column when it has no image."""
+        first = (self.prompt_roles != Role.PAD).int().argmax(1)
+        stops = [max((span.stop for span in spans), default=-1) for spans in self.images]
+        last = torch.tensor(stops, device=first.device)
+        return torch.where(last >= 0, last, first)
+
+    def grown(self, length: int) -> TokenLayout:
+        """Return the layout with ``length`` columns; the new ones are generated."""
+        return self if length == self.length else dataclasses.replace(self, length=length)
+
+    def repeated(self, factor: int) -> TokenLayout:
+        """Return the layout with every row repeated (beams, several sequences per prompt)."""
+        images = tuple(spans for spans in self.images for _ in range(factor))
+        return TokenLayout(self.prompt_roles.repeat_interleave(factor, 0), images, self.length)
+
+    def text_queries(self, row: int, span: ImageSpan) -> Tensor:
+        """Return the prompt columns of a row that follow an image and are not image tokens themselves, ``[n]``."""
+        role = self.prompt_roles[row]
+        columns = torch.arange(self.prompt_length, device=role.device)
+        return columns[(columns >= span.stop) & (role != Role.IMAGE) & (role != Role.PAD)]

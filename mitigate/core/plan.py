@@ -1,0 +1,144 @@
+"""What a stack will do on a model, checked before anything runs; printed by ``mitigate plan``. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mitigate.core.facts import ModelFacts
+from mitigate.core.method import Method
+from mitigate.core.points import LAYER_POINTS, ROW_POINTS, Access, Phase, Point, Rows, Subscription
+from mitigate.errors import PluginError, StackConflict, UnsupportedModel
+
+#: Points at most one method of a stack may own.
+EXCLUSIVE = (Point.SELECT_TOKEN, Point.DRIVE_DECODING)
+
+#: Points the bus of this version calls.
+SERVED = frozenset(
+    {
+        Point.VISUAL_EMBEDDINGS,
+        Point.ATTENTION_SCORES,
+        Point.ATTENTION_PROBS,
+        Point.HIDDEN_STATES,
+        Point.NEXT_TOKEN_LOGITS,
+        Point.SELECT_TOKEN,
+        Point.SAMPLE_BEGIN,
+        Point.PREFILL_END,
+        Point.STEP_BEGIN,
+        Point.STEP_END,
+        Point.SAMPLE_END,
+    }
+)
+
+
+@dataclass(frozen=True)
+class BoundSubscription:
+    """A subscription together with the method of the stack it belongs to."""
+
+    key: str
+    method: Method
+    subscription: Subscription
+    handler: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One row of the printed plan: who acts where, when and how."""
+
+    point: str
+    layers: str
+    phases: str
+    rows: str
+    access: str
+    method: str
+    where: str
+
+
+def bind(methods: Mapping[str, Method], facts: ModelFacts) -> list[BoundSubscription]:
+    """Collect the subscriptions of a stack in stack order and check that it can run on the model.
+
+    Raises
+    ------
+    StackConflict
+        If two methods own a point that only one may own.
+    UnsupportedModel
+        If the model lacks what a method needs, or the bus does not serve a point.
+    PluginError
+        If a method's handlers, tags and subscriptions contradict each other.
+    """
+    bound: list[BoundSubscription] = []
+    for key, method in methods.items():
+        if method.tags.spatial_grid and not facts.spatial_grid:
+            raise UnsupportedModel(
+                f"{key} needs image tokens that form a grid, but {facts.family} has none; leave {key} out of the stack"
+            )
+        for subscription in method.subscriptions(facts):
+            _check(key, method, subscription, facts)
+            handler = getattr(method, f"on_{subscription.point.value}")
+            bound.append(BoundSubscription(key, method, subscription, handler))
+    for point in EXCLUSIVE:
+        owners = list(dict.fromkeys(item.key for item in bound if item.subscription.point is point))
+        if len(owners) > 1:
+            raise StackConflict(
+                f"{owners[0]} and {owners[1]} both want {point.value}, which only one method of a stack can have;"
+                f" keep one of them"
+            )
+    return bound
+
+
+def _check(key: str, method: Method, subscription: Subscription, facts: ModelFacts) -> None:
+    point = subscription.point
+    if point not in SERVED:
+        raise UnsupportedModel(f"{key} subscribes to {point.value}, which this version of the hook bus does not serve")
+    if not hasattr(method, f"on_{point.value}"):
+        raise PluginError(f"{key} subscribes to {point.value} but has no handler on_{point.value}")
+    declared = method.tags.writes if subscription.access is Access.WRITE else method.tags.reads
+    if point not in declared:
+        kind = "writes" if subscription.access is Access.WRITE else "reads"
+        raise PluginError(f"{key} {kind} {point.value} but its tags do not say so: add it to tags.{kind}")
+    if subscription.access is Access.GRADIENT and not method.tags.gradient:
+        raise PluginError(f"{key} asks for gradients but its tags do not say so: set tags.gradient")
+    if (point in LAYER_POINTS) != bool(subscription.layers):
+        raise PluginError(f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers")
+    outside = [layer for layer in subscription.layers if not 0 <= layer < facts.layers]
+    if outside:
+        raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the decoder has layers 0-{facts.layers - 1}")
+
+
+def plan_stack(methods: Mapping[str, Method], facts: ModelFacts) -> list[PlanLine]:
+    """Describe what the stack does, in the order in which the bus calls it; raises as `bind`."""
+    order = list(Point)
+    lines = sorted(bind(methods, facts), key=lambda item: order.index(item.subscription.point))
+    return [_line(item, facts) for item in lines]
+
+
+def _line(item: BoundSubscription, facts: ModelFacts) -> PlanLine:
+    subscription = item.subscription
+    rows = ""
+    if subscription.point in ROW_POINTS:
+        rows = str(subscription.rows.value) if isinstance(subscription.rows, Rows) else "position set"
+    return PlanLine(
+        point=subscription.point.value,
+        layers=layer_text(subscription.layers, facts.layers),
+        phases=", ".join(phase.value for phase in Phase if phase in subscription.phases),
+        rows=rows,
+        access=subscription.access.value,
+        method=item.key,
+        where=subscription.where,
+    )
+
+
+def layer_text(layers: Sequence[int], depth: int) -> str:
+    """Write layer indices as ``all``, ``0-3`` or ``0-1, 4``."""
+    if not layers:
+        return ""
+    if len(layers) == depth:
+        return f"all ({depth})"
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

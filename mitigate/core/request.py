@@ -1,0 +1,190 @@
+"""One request: a batch of prompts on its way through the model, with everything methods may remember or ask for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mitigate.core.layout import TokenLayout
+from mitigate.core.points import Phase
+from mitigate.core.state import MethodState
+from mitigate.errors import HookError
+
+if TYPE_CHECKING:
+    from mitigate.core.bus import HookBus
+    from mitigate.core.points import Event
+
+RowSelection = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Frame:
+    """One forward pass of the model as the bus sees it.
+
+    Parameters
+    ----------
+    start, stop
+        Columns of the sequence this forward computes (``stop`` is the number of keys).
+    owner
+        Key of the only method served (diagnostic passes), or ``None`` for all.
+    gradient
+        Whether attention weights get a graph in this forward.
+    """
+
+    phase: Phase
+    step: int
+    start: int
+    stop: int
+    branch: str = "main"
+    owner: str | None = None
+    gradient: bool = False
+    selections: dict[Any, RowSelection | None] = field(default_factory=dict)
+    tape: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Request:
+    """A running generation of B samples.
+
+    Attributes
+    ----------
+    layout
+        `TokenLayout` of the request rows, current up to the running forward.
+    sample_ids
+        One id per sample; random draws depend on it and the seed only, never on the place in the batch.
+    finished
+        ``[B]`` rows that have produced an end token.
+    generating
+        Whether ``generate`` drives the request; otherwise single forwards of the user do.
+    """
+
+    def __init__(
+        self,
+        bus: HookBus,
+        layout: TokenLayout,
+        ids: Tensor,
+        *,
+        seed: int = 0,
+        sample_ids: Sequence[str] | None = None,
+        end_tokens: Iterable[int] = (),
+        generating: bool = False,
+    ) -> None:
+        self.bus = bus
+        self.layout = layout
+        self.ids = ids
+        self.seed = seed
+        self.sample_ids = [str(index) for index in range(layout.rows)] if sample_ids is None else list(sample_ids)
+        if len(self.sample_ids) != layout.rows:
+            raise HookError(f"sample_ids has {len(self.sample_ids)} entries for {layout.rows} samples")
+        self.samples = layout.rows
+        self.end_tokens = torch.tensor(sorted(set(end_tokens)), device=ids.device, dtype=ids.dtype)
+        self.finished = torch.zeros(layout.rows, dtype=torch.bool, device=ids.device)
+        self.generating = generating
+        self.began = False
+        self.states: dict[str, MethodState] = {}
+        self.totals = MethodState("bus", layout.rows)
+        self.frame: Frame | None = None
+        self.graph_logits: Tensor | None = None
+        self._generators: list[torch.Generator] | None = None
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One CPU random generator per request row, seeded from the request's seed and the row's sample id."""
+        if self._generators is None:
+            self._generators = []
+            for row in range(self.layout.rows):
+                sample, copy = divmod(row, self.layout.rows // self.samples)
+                text = f"{self.seed}:{self.sample_ids[sample]}:{copy}".encode()
+                seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+                self._generators.append(torch.Generator().manual_seed(seed))
+        return self._generators
+
+    def uniform(self, where: Tensor) -> Tensor:
+        """Draw one number in [0, 1) for the rows of a mask; other rows' generators stay where they are.
+
+        Parameters
+        ----------
+        where
+            ``[B]`` bool.
+
+        Returns
+        -------
+        Tensor
+            ``[B]`` float64 on the CPU, zeros where nothing was drawn.
+        """
+        draws = torch.zeros(self.layout.rows, dtype=torch.float64)
+        for row in where.nonzero().flatten().tolist():
+            draws[row] = torch.rand((), dtype=torch.float64, generator=self.generators[row])
+        return draws
+
+    def state(self, key: str) -> MethodState:
+        """Return the memory of a method of the stack."""
+        if key not in self.states:
+            self.states[key] = MethodState(key, self.layout.rows)
+        return self.states[key]
+
+    def expand(self, rows: int) -> None:
+        """Follow the model's repetition of rows (beams, several sequences per prompt) after the images were encoded."""
+        factor, rest = divmod(rows, self.layout.rows)
+        if rest or factor < 1:
+            raise HookError(f"the model was called with {rows} rows for a request of {self.layout.rows} samples")
+        if factor > 1:
+            self.layout = self.layout.repeated(factor)
+            self.ids = self.ids.repeat_interleave(factor, 0)
+            self.finished = self.finished.repeat_interleave(factor, 0)
+            self.totals.repeat(factor)
+            for state in self.states.values():
+                state.repeat(factor)
+
+    def advance(self, start: int, stop: int, last_ids: Tensor | None) -> Frame:
+        """Note the next forward over columns ``start..stop-1`` and return its frame."""
+        prompt = self.layout.prompt_length
+        self.layout = self.layout.grown(max(stop, prompt))
+        phase = Phase.PREFILL if stop <= prompt else Phase.DECODE
+        if phase is Phase.DECODE and last_ids is not None and len(self.end_tokens):
+            self.finished = self.finished | torch.isin(last_ids, self.end_tokens)
+        self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
+        return self.frame
+
+    def diagnose(self, state: MethodState, *, last_layer: int) -> None:
+        """Run an extra, unedited forward over the whole prompt and call this method's ``diagnostic`` subscriptions.
+
+        The pass has no cache, leaves the main one alone, and ends after the last layer that is read.
+
+        Parameters
+        ----------
+        state
+            The asking method's state.
+        last_layer
+            The deepest decoder layer needed.
+        """
+        self.bus.diagnose(self, state, last_layer)
+
+    def attention_gradients(self, event: Event, cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """See `SelectToken.attention_gradients`."""
+        frame = self.frame
+        if frame is None or self.graph_logits is None or not frame.tape:
+            raise HookError("no gradient graph for this step: subscribe to attention_probs with access='gradient'")
+        layers = sorted(frame.tape)
+        rows = [frame.tape[layer] for layer in layers]
+        with torch.enable_grad():
+            scalar = (cotangent.to(self.graph_logits.dtype) * self.graph_logits).sum()
+        gradients = torch.autograd.grad(scalar, rows, retain_graph=True)
+        return {
+            layer: (row.detach()[:, :, -1], gradient[:, :, -1])
+            for layer, row, gradient in zip(layers, rows, gradients, strict=True)
+        }
+
+    def telemetry(self) -> list[dict[str, dict[str, float]]]:
+        """Return per sample: method key -> counter -> value, plus the bus's own totals under ``bus``."""
+        copies = self.layout.rows // self.samples
+        result: list[dict[str, dict[str, float]]] = []
+        for sample in range(self.samples):
+            rows = range(sample * copies, (sample + 1) * copies)
+            entry = {state.key: state.summed(rows) for state in (*self.states.values(), self.totals)}
+            result.append(entry)
+        return result

@@ -1,0 +1,132 @@
+"""A stack: methods in order, attached to a model for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mitigate.core.facts import ModelFacts
+from mitigate.core.method import Method
+from mitigate.core.plan import PlanLine, plan_stack
+from mitigate.errors import ConfigError, StackConflict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from mitigate.core.handle import Handle
+
+_ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Stack:
+    """An ordered stack of methods.
+
+    Parameters
+    ----------
+    methods
+        Methods in order, or a mapping from key to method. Keys name the methods in plans and telemetry; in a sequence
+        they are the registered names, numbered when a method occurs twice.
+
+    Examples
+    --------
+    >>> from mitigate import Stack
+    >>> from mitigate.methods.locore import LocoRE
+    >>> stack = Stack([LocoRE(beta=0.15)])
+    >>> with stack.attach(model, processor) as handle:  # doctest: +SKIP
+    ...     model.generate(**inputs)
+    """
+
+    def __init__(self, methods: Mapping[str, Method] | Sequence[Method] = ()) -> None:
+        if isinstance(methods, Mapping):
+            self.methods = dict(methods)
+        else:
+            self.methods = {}
+            for method in methods:
+                if not isinstance(method, Method):
+                    raise ConfigError(f"a stack takes methods, not {method!r}; write Stack([LocoRE(beta=0.15)]) with instances")
+                copies = sum(other.name == method.name for other in self.methods.values())
+                self.methods[method.name + (f"_{copies + 1}" if copies else "")] = method
+
+    def __repr__(self) -> str:
+        return f"Stack({self.methods!r})"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a method asks for attention gradients."""
+        return any(method.tags.gradient for method in self.methods.values())
+
+    @property
+    def selects_token(self) -> bool:
+        """Whether a method chooses tokens: such a stack needs ``handle.generate``."""
+        return any(method.tags.selects_token for method in self.methods.values())
+
+    @property
+    def batch(self) -> bool:
+        """Whether every method serves batches of several samples."""
+        return all(method.tags.batch for method in self.methods.values())
+
+    def plan(self, facts: ModelFacts) -> list[PlanLine]:
+        """Describe what the stack does on a model; see `plan_stack`."""
+        return plan_stack(self.methods, facts)
+
+    @contextmanager
+    def attach(self, model: PreTrainedModel, processor: ProcessorMixin | None = None) -> Iterator[Handle]:
+        """Attach the stack to a model; leaving the block, in whatever way, restores the model exactly.
+
+        Parameters
+        ----------
+        model
+            A vision-language model of a known family, as transformers loaded it.
+        processor
+            Its processor; needed by ``handle.ask`` only.
+
+        Yields
+        ------
+        Handle
+            ``handle.generate`` for every stack; plain ``model.generate`` works too unless the stack selects tokens.
+
+        Raises
+        ------
+        StackConflict
+            If the model already carries a stack, or two methods exclude each other.
+        UnsupportedModel
+            If the model's family is unknown or lacks what a method needs.
+        """
+        from mitigate.adapters import adapter_for
+        from mitigate.core.bus import HookBus
+        from mitigate.core.handle import Handle
+
+        if model in _ATTACHED:
+            raise StackConflict("the model already carries a stack; put the methods into one Stack, in the order they act")
+        with ExitStack() as undo:
+            handle = Handle(self, model, processor)
+            undo.callback(setattr, handle, "attached", False)
+            if self.methods:
+                handle.bus = HookBus(model, adapter_for(model), self.methods)
+                _ATTACHED.add(model)
+                undo.callback(_ATTACHED.discard, model)
+                handle.bus.install(undo)
+                _replace_generate(model, handle, undo)
+            yield handle
+
+
+def _replace_generate(model: PreTrainedModel, handle: Handle, undo: ExitStack) -> None:
+    """Give this one model object a ``generate`` that opens a request; the class stays untouched."""
+    had = "generate" in vars(model)
+    original = model.generate
+
+    def restore() -> None:
+        if had:
+            model.generate = original
+        else:
+            del model.generate
+
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return handle.plain_generate(original, *args, **kwargs)
+
+    undo.callback(restore)
+    generate.__doc__ = original.__doc__
+    model.generate = types.MethodType(generate, model)

@@ -1,0 +1,1 @@
+"""The decoding loop for stacks that choose tokens themselves."""

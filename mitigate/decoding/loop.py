@@ -1,0 +1,190 @@
+"""One-token-at-a-time decoding in which a method may choose the token; entered through ``generate(custom_generate=...)``.
+
+transformers prepares inputs, cache, logits processors and stopping criteria as for its own loop; this loop differs in two
+things: the stack may select the token, and where a method needs gradients every predicting forward is a one-token graph
+over a detached cache.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+
+from mitigate.errors import StackConflict, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+    from mitigate.core.bus import HookBus
+
+#: Inputs of a forward that have one entry per token.
+_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+#: Inputs of a forward that belong to the pictures and were consumed with the first tokens.
+_PICTURES = ("pixel_values", "mm_encoder_outputs", "image_sizes", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+
+
+def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuse arguments of ``generate`` a token-selecting stack cannot honour; return the others.
+
+    Raises
+    ------
+    StackConflict
+        For beams, static caches, chunked prefill, captured attentions or hidden states.
+    """
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def value(name: str) -> Any:
+        given = kwargs.get(name)
+        return getattr(config, name, None) if given is None else given
+
+    if (value("num_beams") or 1) > 1:
+        raise StackConflict("beam search keeps several hypotheses, but the stack selects one token; use num_beams=1")
+    if value("use_cache") is False:
+        raise StackConflict("the stack decodes token by token over a cache; leave use_cache on")
+    if value("cache_implementation") not in (None, "dynamic"):
+        raise StackConflict("the stack needs the dynamic cache; leave cache_implementation unset")
+    if value("prefill_chunk_size"):
+        raise StackConflict("a token-selecting stack cannot chunk the prefill; leave prefill_chunk_size unset")
+    for name in ("output_attentions", "output_hidden_states"):
+        if value(name):
+            raise StackConflict(f"{name} is not collected for a token-selecting stack; leave it out")
+    if kwargs.get("custom_generate") is not None:
+        raise StackConflict("custom_generate owns the decoding loop, and so does the stack; use one of them")
+    return dict(kwargs)
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    bus: HookBus,
+    token_streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Generate ``[B, P + T]`` token ids; the signature is transformers' for a custom loop.
+
+    Where the stack leaves the choice to plain decoding, tokens are those of transformers' own greedy search or sampling.
+    """
+    request = bus.request
+    if request is None:
+        raise UnsupportedModel("the custom loop runs inside handle.generate only")
+    if token_streamer is not None:
+        token_streamer.put(input_ids.cpu())
+    gradient = bool(bus.gradient_layers)
+    pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    kept_scores: list[Tensor] = []
+    kept_logits: list[Tensor] = []
+    outputs = _prefill(model, bus, input_ids, gradient, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].detach().to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = logits_processor(input_ids, logits.clone())
+        if generation_config.output_scores:
+            kept_scores.append(scores)
+        if generation_config.output_logits:
+            kept_logits.append(logits)
+        tokens = _choose(bus, logits, scores, bool(generation_config.do_sample))
+        _forget_graph(outputs, bus)
+        if ends:
+            tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        if token_streamer is not None:
+            token_streamer.put(tokens.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)  # type: ignore[arg-type]
+        request.finished = ~unfinished
+        if not bool(unfinished.any()):
+            break
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        with torch.enable_grad() if gradient else nullcontext():
+            outputs = model(**inputs, return_dict=True)
+    if token_streamer is not None:
+        token_streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=tuple(kept_scores) or None,
+        logits=tuple(kept_logits) or None,
+        past_key_values=model_kwargs.get("past_key_values"),
+    )
+
+
+def _prefill(model: PreTrainedModel, bus: HookBus, ids: Tensor, gradient: bool, model_kwargs: dict[str, Any]) -> Any:
+    """Run the prompt; with gradients its last token runs alone, so that the graph spans one token."""
+    inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **model_kwargs)
+    if not gradient:
+        return model(**inputs, return_dict=True)
+    cache = inputs.get("past_key_values")
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length():
+        raise StackConflict("attention gradients need a fresh dynamic cache; leave past_key_values unset")
+    inputs["input_ids"] = _usable(inputs["input_ids"])
+    request = bus.request
+    last_is_image = request is not None and bool((ids[:, -1] == model.config.image_token_id).any())
+    if last_is_image or ids.shape[1] < 2:
+        # the last token's embedding is a picture's: one graph over the whole prompt, exact and larger
+        with torch.enable_grad():
+            outputs = model(**inputs, return_dict=True)
+    else:
+        first, last = _split(inputs)
+        model(**first, return_dict=True)
+        last["past_key_values"] = cache
+        with torch.enable_grad():
+            outputs = model(**last, return_dict=True)
+    return outputs
+
+
+def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a prompt's inputs into those of all tokens but the last and those of the last."""
+    first, last = dict(inputs), {name: value for name, value in inputs.items() if name not in _PICTURES}
+    for name in _PER_TOKEN:
+        if inputs.get(name) is not None:
+            first[name], last[name] = inputs[name][..., :-1], inputs[name][..., -1:]
+    if inputs.get("attention_mask") is not None:
+        first["attention_mask"] = inputs["attention_mask"][:, :-1]
+    return first, last
+
+
+def _usable(value: Tensor) -> Tensor:
+    return value.clone() if value.is_inference() else value
+
+
+def _choose(bus: HookBus, logits: Tensor, scores: Tensor, do_sample: bool) -> Tensor:
+    """Let the stack select; fall back to the caller's way of decoding, ``[B]``."""
+    selection = bus.select_token(logits, scores)
+    if selection is not None and bool(selection.chosen.all()):
+        return selection.token.to(scores.device)
+    if do_sample:
+        plain = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+    else:
+        plain = scores.argmax(-1)
+    if selection is None:
+        return plain
+    return torch.where(selection.chosen.to(plain.device), selection.token.to(plain.device), plain)
+
+
+def _forget_graph(outputs: Any, bus: HookBus) -> None:
+    """Detach what the step leaves behind: keys and values of layers above the lowest differentiated one."""
+    request = bus.request
+    if request is None or request.graph_logits is None:
+        return
+    request.graph_logits = None
+    if request.frame is not None:
+        request.frame.tape.clear()
+    for layer in outputs.past_key_values.layers:
+        if layer.keys.requires_grad:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
