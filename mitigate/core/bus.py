@@ -253,7 +253,6 @@ class HookBus:
 
     def _edit_hidden(self, item: BoundSubscription, layer: int, frame: Frame, hidden: Tensor) -> Tensor:
         request = self._running()
-        positions = torch.arange(frame.start, frame.stop, device=hidden.device)
         event = HiddenStates(
             phase=frame.phase,
             step=frame.step,
@@ -261,7 +260,7 @@ class HookBus:
             request=request,
             layer=layer,
             hidden=hidden,
-            positions=positions,
+            start=frame.start,
         )
         edited = self.call(item, event)
         if edited is None:

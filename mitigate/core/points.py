@@ -198,13 +198,13 @@ class HiddenStates(Event):
     ----------
     hidden
         ``[B, Q, D]`` in the model's dtype.
-    positions
-        ``[Q]`` positions of the rows of this forward.
+    start
+        Position of the first of the Q rows.
     """
 
     layer: int
     hidden: Tensor
-    positions: Tensor
+    start: int
 
 
 @dataclass(frozen=True, kw_only=True)

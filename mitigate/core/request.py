@@ -58,6 +58,8 @@ class Request:
         One id per sample; random draws depend on it and the seed only, never on the place in the batch.
     finished
         ``[B]`` rows that have produced an end token.
+    facts
+        Geometry of the model.
     generating
         Whether ``generate`` drives the request; otherwise single forwards of the user do.
     """
@@ -81,6 +83,7 @@ class Request:
         if len(self.sample_ids) != layout.rows:
             raise HookError(f"sample_ids has {len(self.sample_ids)} entries for {layout.rows} samples")
         self.samples = layout.rows
+        self.facts = bus.adapter.facts(bus.model)
         self.end_tokens = torch.tensor(sorted(set(end_tokens)), device=ids.device, dtype=ids.dtype)
         self.finished = torch.zeros(layout.rows, dtype=torch.bool, device=ids.device)
         self.generating = generating
