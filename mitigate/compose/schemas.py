@@ -10,7 +10,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from omegaconf import MISSING
@@ -46,7 +45,6 @@ class Parameter:
     doc: str
 
 
-@cache
 def annotations_of(plugin: type) -> dict[str, Any]:
     """Return parameter name -> annotation of a plugin dataclass.
 
@@ -138,7 +136,7 @@ def schema_of(name: str, plugin: type, *, extras: Sequence[str] = (), unset: boo
         value = defaults.get(parameter, MISSING)
         default: Any = dataclasses.field(default=value)
         if isinstance(value, (list, dict)):
-            default = dataclasses.field(default_factory=lambda value=value: value.copy())
+            default = dataclasses.field(default_factory=value.copy)
         fields.append((parameter, _config_type(annotation), default))
     return dataclasses.make_dataclass(plugin.__name__, fields)
 

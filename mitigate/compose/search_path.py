@@ -8,7 +8,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from mitigate.registry import config_packages
 
 
-class MitigateSearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra ships no types
+class MitigateSearchPath(SearchPathPlugin):
     """Add ``mitigate.conf`` and every package of the entry-point group ``mitigate.configs``."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

@@ -1,0 +1,84 @@
+"""Combinations that cannot be right although every single value is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mitigate.core.facts import ModelFacts
+from mitigate.core.method import Method
+from mitigate.core.plan import plan_stack
+from mitigate.errors import ConfigError, StackConflict
+from mitigate.registry import suggestion, trackers
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_MODES = (None, "offline", "online", "disabled", "shared")
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k")
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def check_values_in_range(config: Mapping[str, Any]) -> None:
+    """Check the numbers and names of every section.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key, its value and what it must be.
+    """
+    decoding, trainer, model, tracker = (config[key] for key in ("decoding", "trainer", "model", "tracker"))
+    rules = [
+        (model["path"], "model.path", "name a checkpoint: a hub id or a folder"),
+        (decoding["max_new_tokens"] >= 1, "decoding.max_new_tokens", "be at least 1"),
+        (decoding["num_beams"] >= 1, "decoding.num_beams", "be at least 1"),
+        (decoding["temperature"] > 0, "decoding.temperature", "be above 0; decoding=greedy takes the likeliest token"),
+        (0 < decoding["top_p"] <= 1, "decoding.top_p", "be above 0 and at most 1"),
+        (decoding["top_k"] >= 0, "decoding.top_k", "be 0 (off) or more"),
+        (decoding["repetition_penalty"] > 0, "decoding.repetition_penalty", "be above 0 (1 is off)"),
+        (trainer["batch_size"] >= 1, "trainer.batch_size", "be at least 1"),
+        (trainer["num_workers"] >= 0, "trainer.num_workers", "be 0 or more"),
+        (trainer["devices"] >= 1 or trainer["devices"] == -1, "trainer.devices", "be at least 1, or -1 for all"),
+        (trainer["num_nodes"] >= 1, "trainer.num_nodes", "be at least 1"),
+        (model["dtype"] in _DTYPES, "model.dtype", "be one of " + ", ".join(_DTYPES)),
+        (tracker["mode"] in _MODES, "tracker.mode", "be null, offline, online or disabled"),
+        (config["seed"] >= 0, "seed", "be 0 or more"),
+        (config["name"] is None or _is_folder_name(config["name"]), "name", "be a plain folder name, without / or .."),
+    ]
+    for holds, key, must in rules:
+        if not holds:
+            value: Any = config
+            for part in key.split("."):
+                value = value[part]
+            raise ConfigError(f"{key}={value} must {must}")
+    if tracker["name"] not in trackers().names():
+        raise ConfigError(f"tracker.name={tracker['name']} is unknown{suggestion(tracker['name'], trackers().names())}")
+    if not decoding["do_sample"]:
+        for key in _SAMPLING_ONLY:
+            if decoding[key] != _NEUTRAL[key]:
+                raise ConfigError(
+                    f"decoding.{key}={decoding[key]} has no effect without sampling; "
+                    f"add decoding=sample or drop decoding.{key}"
+                )
+
+
+def _is_folder_name(name: str) -> bool:
+    return bool(name.strip()) and "/" not in name and "\\" not in name and not name.startswith(".")
+
+
+def check_stack(methods: Mapping[str, Method], facts: ModelFacts | None, decoding: Mapping[str, Any]) -> None:
+    """Check that the methods fit together, the model and the way of decoding.
+
+    Raises
+    ------
+    StackConflict
+        If two methods exclude each other, or a method that chooses tokens meets beam search.
+    UnsupportedModel
+        If the model cannot serve a method.
+    """
+    if facts is not None:
+        plan_stack(methods, facts)
+    choosing = [key for key, method in methods.items() if method.tags.selects_token or method.tags.owns_loop]
+    if decoding["num_beams"] > 1 and choosing:
+        raise StackConflict(
+            f"{choosing[0]} chooses each token itself and cannot follow decoding.num_beams={decoding['num_beams']}; "
+            f"use decoding.num_beams=1 or take {choosing[0]} out"
+        )

@@ -1,0 +1,249 @@
+"""From overrides to resolved runs: one run, a sweep of runs, a comparison of stacks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from mitigate.compose.checks import check_stack, check_values_in_range
+from mitigate.compose.facts import facts_of
+from mitigate.compose.overrides import check_method_list, check_values, expand_sweeps, method_keys, parse_checked
+from mitigate.compose.resolved import ResolvedRun
+from mitigate.compose.schemas import native
+from mitigate.compose.session import Composed, Session, flatten, session
+from mitigate.compose.values import DEFAULT, MethodValues, decide
+from mitigate.errors import ConfigError, UnknownName
+from mitigate.registry import benchmarks, methods, suggestion
+
+COMMAND_LINE = "command line"
+
+
+def compose_run(overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Compose one run from Hydra overrides.
+
+    Parameters
+    ----------
+    overrides
+        Such as ``["model=testbed", "benchmark.limit=50"]``.
+
+    Raises
+    ------
+    ConfigError
+        Or another `MitigateError`: whatever is wrong, before anything is loaded or run.
+    """
+    with session() as hydra:
+        return _run(hydra, overrides)
+
+
+def compose_sweep(overrides: Sequence[str]) -> list[ResolvedRun]:
+    """Compose every job of a sweep such as ``seed=0,1``; all are checked before any is returned."""
+    with session() as hydra:
+        return [_run(hydra, job) for job in expand_sweeps(hydra, overrides)]
+
+
+def compose_comparison(overrides: Sequence[str] = (), notes: list[str] | None = None) -> list[ResolvedRun]:
+    """Compose a comparison: one run per entry of ``stacks``, the baseline ``none`` first.
+
+    Parameters
+    ----------
+    overrides
+        As for `compose_run`; ``stacks=[none,a,a+b]`` names presets or methods joined by ``+``. A value of a method goes
+        to the stacks that select the method.
+    notes
+        Receives a sentence for everything done that was not asked for.
+    """
+    with session() as hydra:
+        return _comparison(hydra, overrides, notes if notes is not None else [])
+
+
+def compose_comparison_sweep(overrides: Sequence[str], notes: list[str] | None = None) -> list[list[ResolvedRun]]:
+    """Compose every comparison of a sweep; all are checked before any is returned."""
+    with session() as hydra:
+        jobs = expand_sweeps(hydra, overrides)
+        return [_comparison(hydra, job, notes if notes is not None else []) for job in jobs]
+
+
+def _run(hydra: Session, tokens: Sequence[str]) -> ResolvedRun:
+    parsed = parse_checked(hydra, tokens)
+    for override in parsed:
+        if override.key_or_group == "stacks":
+            raise ConfigError(
+                f"{override.input_line}: a run has one stack; use stack=NAME or methods=[...], "
+                f"or `mitigate compare` for several"
+            )
+    return _resolve(hydra, parsed)
+
+
+def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
+    groups = [str(override.input_line) for override in parsed if hydra.is_group(override)]
+    chosen = hydra.compose(groups)
+    _refuse_orphans(chosen, groups)
+    check_values(parsed, chosen.config)
+    composed = hydra.compose([_forced(override) for override in parsed]) if len(groups) < len(parsed) else chosen
+    origins = {**composed.origins, **_set_by_hand(hydra, parsed)}
+    config = copy.deepcopy(composed.config)  # the session keeps what it composed
+    model = str(config.model.name)
+    try:
+        keys = method_keys(config)
+        tuned = {key: _tuned(config, key) for key in keys}
+        decided = {key: decide(key, config.methods[key], tuned[key], model, origins) for key in keys}
+        config.methods = {key: values.node() for key, values in decided.items()}
+        config.model.tuned = {}
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_missing_or_interpolation(error)) from error
+    return _build(plain, decided, composed, origins, methods_by_hand=any(o.key_or_group == "methods" for o in parsed))
+
+
+def _build(
+    config: dict[str, Any],
+    decided: Mapping[str, MethodValues],
+    composed: Composed,
+    origins: Mapping[str, str],
+    *,
+    methods_by_hand: bool,
+) -> ResolvedRun:
+    check_values_in_range(config)
+    if config["benchmark"] is None:
+        raise ConfigError(f"a run needs a benchmark; known: {', '.join(benchmarks().names())}")
+    parameters = {key: value for key, value in config["benchmark"].items() if key != "name"}
+    plugin = benchmarks().get(config["benchmark"]["name"])
+    built = {key: values.build() for key, values in decided.items()}
+    facts = facts_of(config["model"])
+    check_stack(built, facts, config["decoding"])
+    preset = composed.chosen.get("stack")
+    name = preset if preset and not methods_by_hand else "+".join(built) or "none"
+    del config["model"]["tuned"]
+    config |= {"stack": name, "stacks": []}
+    provenance = {
+        key: origins.get(key, DEFAULT) for key in flatten(config) if key != "stacks" and not key.startswith("methods")
+    }
+    for key, values in decided.items():
+        provenance |= {f"methods.{key}.{parameter}": source for parameter, source in values.provenance.items()}
+    benchmark = plugin(**native(plugin, parameters))
+    return ResolvedRun(config, built, benchmark, facts, provenance, name)
+
+
+def _tuned(config: DictConfig, key: str) -> dict[str, Any]:
+    table = config.model.tuned.get(str(config.methods[key].name))
+    return {} if table is None else {str(name): value for name, value in table.items()}
+
+
+def _forced(override: Override) -> str:
+    """Return the override's text; values of methods are forced in, since copies under other keys have no schema yet."""
+    text = str(override.input_line)
+    plain_value = override.key_or_group.startswith("methods.") and not override.is_delete()
+    return f"++{text.lstrip('+')}" if plain_value else text
+
+
+def _set_by_hand(hydra: Session, parsed: Sequence[Override]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for override in parsed:
+        if override.is_delete():
+            continue
+        if hydra.is_group(override):
+            keys |= dict.fromkeys((override.key_or_group, f"{override.key_or_group}.name"), COMMAND_LINE)
+        else:
+            keys |= dict.fromkeys(flatten(override.value(), override.key_or_group), COMMAND_LINE)
+            keys[override.key_or_group] = COMMAND_LINE
+    return keys
+
+
+def _refuse_orphans(chosen: Composed, groups: Sequence[str]) -> None:
+    """Refuse values of methods that are not selected, and presets that name unknown methods."""
+    selected = method_keys(chosen.config)
+    for key, node in chosen.config.methods.items():
+        if key in selected:
+            methods().get(str(node.name))
+            continue
+        parameters = list(node) if isinstance(node, DictConfig) else []
+        culprit = f"methods.{key}.{parameters[0]}" if parameters else f"methods.{key}"
+        source = chosen.origins.get(culprit, "a configuration file")
+        by_hand = next((text for text in groups if text.startswith("methods=")), "its own methods")
+        raise ConfigError(
+            f"{source} sets {culprit}, but {by_hand} does not select {key}; "
+            f"drop {source.replace(' ', '=', 1)} or select {key}"
+        )
+
+
+def _missing_or_interpolation(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or "a value")
+    if isinstance(error, InterpolationResolutionError) or "nterpolation" in str(error):
+        return f"{key}: {str(error).splitlines()[0]}"
+    return f"{key} has no value; set {key}=VALUE"
+
+
+def _comparison(hydra: Session, tokens: Sequence[str], notes: list[str]) -> list[ResolvedRun]:
+    parsed = parse_checked(hydra, tokens)
+    shared: list[Override] = []
+    for override in parsed:
+        key = override.key_or_group
+        whole_method = key.startswith("methods.") and (key.count(".") == 1 or override.is_delete())
+        if key in ("methods", "stack") or whole_method:
+            raise ConfigError(
+                f"{override.input_line}: a comparison takes stacks=[none,NAME,NAME+NAME] instead; "
+                f"`mitigate run` takes methods= and stack="
+            )
+        if key != "stacks":
+            shared.append(override)
+    asked = next((override.value() for override in reversed(parsed) if override.key_or_group == "stacks"), None)
+    groups = [str(override.input_line) for override in shared if hydra.is_group(override)]
+    if asked is None:
+        asked = list(hydra.compose(groups).config.stacks)
+    stacks = _stack_list(asked, notes)
+    choices = {stack: hydra.parse(_stack_choice(hydra, stack)) for stack in stacks}
+    keys = {
+        stack: method_keys(hydra.compose([*groups, *(str(item.input_line) for item in choice)]).config)
+        for stack, choice in choices.items()
+    }
+    for override in shared:
+        parts = override.key_or_group.split(".")
+        if parts[0] == "methods" and not any(parts[1] in selected for selected in keys.values()):
+            known = sorted({key for selected in keys.values() for key in selected})
+            if parts[1] not in methods().names():
+                raise UnknownName(f"{override.input_line}: unknown method {parts[1]!r}{suggestion(parts[1], known)}")
+            raise ConfigError(
+                f"{override.input_line}: no stack of the comparison has {parts[1]}; add it to stacks=[...] or drop it"
+            )
+    runs = []
+    for stack, choice in choices.items():
+        mine = [item for item in shared if not _is_foreign(item, keys[stack])]
+        runs.append(_resolve(hydra, [*mine, *choice]))
+    return runs
+
+
+def _is_foreign(override: Override, selected: Sequence[str]) -> bool:
+    parts = override.key_or_group.split(".")
+    return parts[0] == "methods" and parts[1] not in selected
+
+
+def _stack_list(asked: Any, notes: list[str]) -> list[str]:
+    if not isinstance(asked, list) or not all(isinstance(stack, (str, type(None))) for stack in asked):
+        raise ConfigError(f"stacks={asked} must be a list of names; write 'stacks=[none,NAME,NAME+NAME]'")
+    stacks = ["none" if stack is None else str(stack) for stack in asked]
+    for stack in stacks:
+        if stacks.count(stack) > 1:
+            raise ConfigError(f"stacks names {stack} twice; every stack of a comparison has one row")
+    if stacks[:1] != ["none"]:
+        where = "moved to the front" if "none" in stacks else "added"
+        notes.append(f"The baseline none was {where}: every difference is measured against it.")
+        stacks = ["none", *(stack for stack in stacks if stack != "none")]
+    return stacks
+
+
+def _stack_choice(hydra: Session, stack: str) -> list[str]:
+    """Return the overrides that select a stack: a preset of that name, else methods joined by ``+``."""
+    if stack in hydra.options("stack"):
+        return [f"stack={stack}"]
+    parts = [part.strip() for part in stack.split("+")]
+    unknown = [part for part in parts if part not in methods().names()]
+    if unknown:
+        known = {*hydra.options("stack"), *methods().names()}
+        raise UnknownName(f"unknown stack {stack!r} ({unknown[0]!r}){suggestion(unknown[0], known)}")
+    check_method_list(parts, f"stacks=[{stack}]")
+    return ["stack=none", f"methods=[{','.join(parts)}]"]

@@ -1,0 +1,186 @@
+"""Hydra, used as a library: generated schemas, composition, and who set which value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mitigate.compose.schema import RunConfig
+from mitigate.compose.schemas import schema_of
+from mitigate.compose.search_path import MitigateSearchPath
+from mitigate.errors import ConfigError, PluginError
+from mitigate.registry import Registry, benchmarks, methods
+
+PRIMARY = "config"
+#: Groups whose options are files; the options of ``methods`` and ``benchmark`` come from the registries.
+FILE_GROUPS = ("model", "stack", "decoding", "trainer", "tracker", "experiment")
+GROUPS = (*FILE_GROUPS, "methods", "benchmark")
+
+_SCHEMAS = ("run_schema", "methods/", "benchmark/")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What Hydra makes of a list of overrides.
+
+    Parameters
+    ----------
+    config
+        The merged, typed configuration; methods' values nobody set are missing.
+    origins
+        Dotted key -> which file set it (``"stack NAME"``); what only a schema sets is absent.
+    chosen
+        Group -> option, for groups of files.
+    """
+
+    config: DictConfig
+    origins: Mapping[str, str]
+    chosen: Mapping[str, str]
+
+
+class Session:
+    """An open Hydra configuration search path."""
+
+    def __init__(self) -> None:
+        self._loader: Any = GlobalHydra.instance().config_loader()
+        self._composed: dict[tuple[str, ...], Composed] = {}
+
+    def options(self, group: str) -> list[str]:
+        """Return the options of a group, sorted."""
+        if group not in FILE_GROUPS:
+            return _registry_of(group).names()
+        return sorted(self._loader.get_group_options(group))
+
+    def parse(self, tokens: Sequence[str]) -> list[Override]:
+        """Parse overrides.
+
+        Raises
+        ------
+        ConfigError
+            If a token is no ``key=value``.
+        """
+        parser = OverridesParser.create(config_loader=self._loader)
+        parsed = []
+        for token in tokens:
+            try:
+                parsed.extend(parser.parse_overrides([token]))
+            except HydraException as error:
+                if "=" not in token:
+                    raise ConfigError(f"{token!r} is no override; write key=value, such as model=testbed") from error
+                raise ConfigError(
+                    f"cannot read {token!r} as key=value\n"
+                    f"quote it for the shell, and quote special characters again inside: 'name=\"a b\"'"
+                ) from error
+        return parsed
+
+    def is_group(self, override: Override) -> bool:
+        """Tell whether an override chooses an option of a group, rather than setting a value."""
+        return override.key_or_group in GROUPS
+
+    def load_raw(self, path: str) -> DictConfig:
+        """Return the content of one configuration file as written, without its defaults list."""
+        return self._loader.repository.load_config(path).config  # type: ignore[no-any-return]
+
+    def defaults_of(self, path: str) -> list[Any]:
+        """Return the defaults list of one configuration file."""
+        return list(self._loader.repository.load_config(path).defaults_list or [])
+
+    def compose(self, tokens: Sequence[str]) -> Composed:
+        """Let Hydra compose the primary configuration; its errors become `ConfigError`. Do not change the result."""
+        key = tuple(tokens)
+        if key not in self._composed:
+            self._composed[key] = self._compose(key)
+        return self._composed[key]
+
+    def _compose(self, tokens: Sequence[str]) -> Composed:
+        try:
+            config = compose(PRIMARY, overrides=list(tokens))
+            defaults = self._loader.compute_defaults_list(PRIMARY, list(tokens), RunMode.RUN).defaults
+        except MissingConfigException as error:
+            group, _, option = (error.missing_cfg_file or "").partition("/")
+            if group in ("methods", "benchmark"):
+                _registry_of(group).get(option)  # says why it is missing: unknown, or broken
+            raise ConfigError(_explain(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from error
+        origins: dict[str, str] = {}
+        chosen: dict[str, str] = {}
+        for default in defaults:
+            path = default.config_path
+            if path is None or path.startswith(("hydra/", "_dummy")) or path.startswith(_SCHEMAS):
+                continue
+            group, _, option = path.partition("/")
+            if option:
+                chosen[group] = option
+            label = f"{group} {option}" if option else "conf/config.yaml"
+            for key in flatten(OmegaConf.to_container(self.load_raw(path)), default.package or ""):
+                origins[key] = label
+        return Composed(config, origins, chosen)
+
+
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value for every leaf of nested mappings; lists and empty mappings are leaves."""
+    if not isinstance(content, Mapping) or not content:
+        return {prefix: content} if prefix else {}
+    leaves: dict[str, Any] = {}
+    for key, value in content.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """Open Hydra with the project's search path and generated schemas; a Hydra already open is restored afterwards."""
+    plugins = Plugins.instance()
+    if MitigateSearchPath not in plugins.discover():
+        plugins.register(MitigateSearchPath)
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig, provider="mitigate")
+    for name, plugin in _usable(methods()):
+        node = {name: schema_of(name, plugin, extras=("preset",), unset=True)}
+        store.store(group="methods", name=name, node=node, provider="mitigate")
+    for name, plugin in _usable(benchmarks()):
+        store.store(group="benchmark", name=name, node=schema_of(name, plugin), provider="mitigate")
+    with initialize_config_module("mitigate.conf", job_name="mitigate", version_base="1.3"):
+        yield Session()
+
+
+def _registry_of(group: str) -> Registry[Any]:
+    return methods() if group == "methods" else benchmarks()
+
+
+def _usable(registry: Registry[Any]) -> Iterator[tuple[str, type]]:
+    """Yield the plugins that can be imported; a broken one matters only to runs that select it."""
+    for name in registry.names():
+        try:
+            yield name, registry.get(name)
+        except PluginError:
+            continue
+
+
+def _explain(error: BaseException) -> str:
+    """Shorten a Hydra or OmegaConf error to its message and its cause."""
+    lines: list[str] = []
+    while error is not None and len(lines) < 2:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        key = getattr(error, "full_key", None)
+        line = f"{key}: {first}" if key and key not in first else first
+        if line not in lines:
+            lines.append(line)
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""The final value of every method parameter, and who decided it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mitigate.compose.schemas import annotations_of, defaults_of, native, plain, schema_of, type_name
+from mitigate.core.method import Method
+from mitigate.errors import ConfigError, UnknownName
+from mitigate.registry import methods, suggestion
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class MethodValues:
+    """A method's final parameters.
+
+    Parameters
+    ----------
+    name
+        Registered name.
+    preset
+        Name of its preset.
+    values
+        Parameter -> value, plain.
+    provenance
+        Parameter (and ``preset``) -> where it came from.
+    """
+
+    name: str
+    preset: str
+    values: Mapping[str, Any]
+    provenance: Mapping[str, str]
+
+    def node(self) -> dict[str, Any]:
+        """Return the configuration node: name, preset and all parameters."""
+        return {"name": self.name, "preset": self.preset, **self.values}
+
+    def build(self) -> Method:
+        """Build the method; a value it refuses raises the `ConfigError` of the method."""
+        plugin = methods().get(self.name)
+        try:
+            return plugin(**native(plugin, self.values))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"methods.{self.name}: {error}") from error
+
+
+def decide(
+    key: str, node: DictConfig, tuned: Mapping[str, Any], model: str, origins: Mapping[str, str]
+) -> MethodValues:
+    """Rank a method's values: default < preset < tuned for the model < files < command line.
+
+    Parameters
+    ----------
+    key
+        The method's key under ``methods``.
+    node
+        What the files and the command line set; everything else is missing.
+    tuned
+        Parameter -> value tuned for the model.
+    model
+        Name of the model, for the provenance.
+    origins
+        Dotted key -> who set it, for values of ``node``.
+    """
+    name = str(node.name)
+    plugin = methods().get(name)
+    typed: Any = OmegaConf.structured(schema_of(name, plugin, extras=("preset",), unset=True))
+    given = [str(parameter) for parameter in node if parameter != "name" and not OmegaConf.is_missing(node, parameter)]
+    set_here = {parameter: node[parameter] for parameter in given}
+    for parameter in set_here:
+        _known(plugin, parameter, f"methods.{key}")
+    for parameter in tuned:
+        _known(plugin, parameter, f"conf/model {model}: tuned.{name}")
+    explicit = {parameter: origins.get(f"methods.{key}.{parameter}", "configuration") for parameter in set_here}
+    preset = str(set_here.get("preset", tuned.get("preset", "paper")))
+    if preset not in plugin.presets:
+        raise UnknownName(f"methods.{key}.preset={preset} is unknown{suggestion(preset, plugin.presets)}")
+
+    layers: list[tuple[Mapping[str, Any], Mapping[str, str] | str]] = [
+        (defaults_of(plugin), DEFAULT),
+        (plugin.presets[preset], f"preset {preset}"),
+        (tuned, f"model {model}"),
+        (set_here, explicit),
+    ]
+    provenance = {"preset": explicit.get("preset", f"model {model}" if "preset" in tuned else DEFAULT)}
+    for values, source in layers:
+        for parameter, value in values.items():
+            if parameter == "preset":
+                continue
+            _known(plugin, parameter, f"methods.{key}")
+            try:
+                typed[parameter] = plain(value)
+            except OmegaConfBaseException as error:
+                expected = type_name(annotations_of(plugin)[parameter])
+                raise ConfigError(f"methods.{key}.{parameter}={value} is no {expected}") from error
+            provenance[parameter] = source if isinstance(source, str) else source[parameter]
+    missing = [parameter for parameter in annotations_of(plugin) if OmegaConf.is_missing(typed, parameter)]
+    if missing:
+        raise ConfigError(f"methods.{key}.{missing[0]} has no default; give it a value")
+    container: Any = OmegaConf.to_container(typed)
+    final = {parameter: plain(container[parameter]) for parameter in annotations_of(plugin)}
+    return MethodValues(name, preset, final, provenance)
+
+
+def _known(plugin: type[Method], parameter: str, where: str) -> None:
+    if parameter not in (*annotations_of(plugin), "preset"):
+        raise ConfigError(f"{where} has no parameter {parameter!r}{suggestion(parameter, annotations_of(plugin))}")
