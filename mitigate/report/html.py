@@ -1,0 +1,144 @@
+"""``report.html``: one page without scripts and outside resources; pictures, plots and styles are inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mitigate.report.plots import cost_plot, difference_plot
+from mitigate.runner.table import Column, columns, footnotes, number
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mitigate.report.examples import Example
+
+#: Pictures are shown at about this many pixels; small ones are enlarged without smoothing.
+SHOWN_PIXELS = 256
+
+
+def write_report(path: Path, comparison: Mapping[str, Any], examples: Sequence[Example], *, command: str = "") -> None:
+    """Write the report of a comparison.
+
+    Parameters
+    ----------
+    path
+        File to write; replaced in one step.
+    comparison
+        Content of ``comparison.json``.
+    examples
+        Pictures to show, with every stack's marked replies.
+    command
+        Command line that made it.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(render(comparison, examples, command=command), encoding="utf-8")
+    draft.replace(path)
+
+
+def render(comparison: Mapping[str, Any], examples: Sequence[Example], *, command: str = "") -> str:
+    """Return the report as HTML; everything that a model or a user wrote is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mitigate.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    made = columns(comparison)
+    sections = {section: [column for column in made if column.section == section] for section in _SECTIONS}
+    return environment.get_template("template.html.j2").render(
+        c=comparison,
+        summary=summary(comparison),
+        sections=sections,
+        families=_families(sections["quality"]),
+        footnotes=footnotes(comparison),
+        differences=[
+            plot for name in comparison["headline"] if (plot := difference_plot(comparison, name)) is not None
+        ],
+        tradeoff=cost_plot(comparison),
+        examples=[_example(example) for example in examples],
+        config=json.dumps(comparison["config"], indent=2, ensure_ascii=False),
+        command=command,
+    )
+
+
+_NOT_CLEAR = "No difference beyond the 95 % interval"
+_SECTIONS = ("quality", "difference", "test", "cost", "effect")
+
+
+def _families(quality: Sequence[Column]) -> list[list[Column]]:
+    """Split the quality columns into one table per family of metrics, so that a table stays readable."""
+    families: dict[str, list[Column]] = {}
+    for column in quality:
+        families.setdefault(column.group.split("\n")[0], []).append(column)
+    return list(families.values())
+
+
+def summary(comparison: Mapping[str, Any]) -> list[str]:
+    """Say in one sentence per headline metric which stacks differ from the baseline beyond their interval."""
+    baseline = comparison["baseline"]
+    if baseline is None or len(comparison["stacks"]) < 2:
+        return []
+    sentences = []
+    for name in comparison["headline"]:
+        metric = comparison["metrics"][name]
+        unit = 100.0 if metric["percent"] else 1.0
+        value = comparison["stacks"][baseline]["metrics"][name]["value"]
+        groups: dict[str, list[str]] = {"Better": [], "Worse": [], "Different": [], _NOT_CLEAR: []}
+        for stack, data in comparison["stacks"].items():
+            difference = data["differences"].get(name)
+            if difference is None:
+                continue
+            amount = "" if difference["value"] is None else f" ({number(unit * difference['value'], sign=True)})"
+            groups[_verdict(metric, difference)].append(f"{stack}{amount if difference['excludes_zero'] else ''}")
+        shown = number(None if value is None else unit * value)
+        parts = [f"{verdict}: {', '.join(stacks)}." for verdict, stacks in groups.items() if stacks]
+        sentences.append(" ".join([f"{metric['title']} is {shown} with {baseline}.", *parts]))
+    return sentences
+
+
+def _verdict(metric: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    if not difference["excludes_zero"]:
+        return _NOT_CLEAR
+    if metric["higher_is_better"] is None:
+        return "Different"
+    return "Better" if (difference["value"] > 0) == metric["higher_is_better"] else "Worse"
+
+
+def _example(example: Example) -> dict[str, Any]:
+    """Return a picture and its replies; stacks with one and the same reply share a line."""
+    entries = []
+    for entry in example.entries:
+        lines: list[dict[str, Any]] = []
+        for stack, spans in entry.spans.items():
+            same = next((line for line in lines if line["spans"] == list(spans)), None)
+            if same is None:
+                lines.append({"stacks": [stack], "spans": list(spans)})
+            else:
+                same["stacks"].append(stack)
+        entries.append({"sample": entry.sample, "lines": lines})
+    return {
+        "image_id": example.image_id,
+        "pictures": [_picture(picture) for picture in example.pictures],
+        "entries": entries,
+    }
+
+
+def _picture(picture: Image) -> dict[str, Any]:
+    """Return a picture as a data address; large photographs are scaled down, small ones left to the browser."""
+    shown = picture.convert("RGB")
+    if max(shown.size) > 2 * SHOWN_PIXELS:
+        shown.thumbnail((2 * SHOWN_PIXELS, 2 * SHOWN_PIXELS))
+    buffer = io.BytesIO()
+    shown.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"url": f"data:image/png;base64,{data}", "pixelated": max(picture.size) < SHOWN_PIXELS}

@@ -1,0 +1,153 @@
+"""Run several stacks on the same samples and compare them, paired by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mitigate.errors import ConfigError
+from mitigate.records import RunRecord, read_samples, write_json
+from mitigate.report import choose_examples, write_report
+from mitigate.runner.identity import check_same_run
+from mitigate.runner.progress import StackProgress
+from mitigate.runner.results import summarise
+from mitigate.runner.single import ModelCache, run
+from mitigate.runner.table import print_table
+from mitigate.runner.tracking import track
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mitigate.compose import ResolvedRun
+    from mitigate.trackers.base import Tracker
+
+TESTBED_NOTE = "The testbed is a small test bench, not evidence about large models."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `compare` made.
+
+    Parameters
+    ----------
+    directory
+        Folder of the comparison: one record folder per stack, ``comparison.json``, ``report.html``.
+    data
+        Content of ``comparison.json``.
+    """
+
+    directory: Path
+    data: Mapping[str, Any]
+
+
+def compare(
+    resolved: Sequence[ResolvedRun],
+    directory: Path,
+    *,
+    console: Console,
+    tracker: Tracker | None = None,
+    command: str = "",
+) -> Comparison | None:
+    """Run every stack that is not finished, then compare all of them to the one without methods.
+
+    Started again after an interruption, it goes on where it stopped and ends with the same numbers.
+
+    Parameters
+    ----------
+    resolved
+        One run per stack, on one benchmark.
+    directory
+        Folder of the comparison.
+    console
+        Where progress, table and messages go.
+    tracker
+        Where else the results are shown; ``None``: as the configuration says.
+    command
+        Command line, for the report.
+
+    Returns
+    -------
+    Comparison or None
+        ``None`` in processes other than the first: they only helped generating.
+
+    Raises
+    ------
+    ConfigError
+        If the stacks cannot be compared, or a folder holds another run. Nothing has run then.
+    """
+    from mitigate.runner.module import process_rank
+
+    directory = Path(directory)
+    _check_comparable(resolved)
+    for item in resolved:
+        check_same_run(item, directory / item.stack_name)
+    if tracker is None:
+        tracker = _configured_tracker(resolved[0], directory)
+    models, records = ModelCache(), {}
+    try:
+        with StackProgress(console, len(resolved)) as progress:
+            for item in resolved:
+                folder = directory / item.stack_name
+                records[item.stack_name] = run(item, folder, console=console, models=models, progress=progress)
+    except KeyboardInterrupt:
+        line = f"Interrupted. Answers so far are in {directory}; the same command goes on from there."
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise
+    if process_rank() != 0:
+        return None
+    return _conclude(resolved, records, directory, console, tracker, command)
+
+
+def _conclude(
+    resolved: Sequence[ResolvedRun],
+    records: Mapping[str, RunRecord],
+    directory: Path,
+    console: Console,
+    tracker: Tracker,
+    command: str,
+) -> Comparison:
+    """Write, show and track the results of finished runs."""
+    answers = {
+        item.stack_name: {record.id: record for record in read_samples(directory / item.stack_name)}
+        for item in resolved
+    }
+    data = summarise(directory.name, resolved, records, answers, notes=_notes(resolved))
+    write_json(directory / "comparison.json", data)
+    benchmark = resolved[0].benchmark
+    examples = choose_examples(benchmark, benchmark.samples(), answers)
+    report = directory / "report.html"
+    write_report(report, data, examples, command=command)
+    print_table(data, console)
+    messages = track(tracker, data, resolved, records, examples)
+    messages.append(f"Report: {report} (open it in a browser: {report.resolve().as_uri()})")
+    for message in messages:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return Comparison(directory=directory, data=data)
+
+
+def _check_comparable(resolved: Sequence[ResolvedRun]) -> None:
+    if not resolved:
+        raise ConfigError("nothing to compare: stacks is empty; name at least one, such as stacks=[none]")
+    names = [item.stack_name for item in resolved]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"stack {twice[0]!r} is listed twice; leave one out")
+    for item in resolved[1:]:
+        if item.benchmark != resolved[0].benchmark or item.config["seed"] != resolved[0].config["seed"]:
+            raise ConfigError(
+                f"stacks {names[0]!r} and {item.stack_name!r} differ in benchmark or seed; "
+                "a paired comparison needs the same samples"
+            )
+
+
+def _configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
+    from mitigate.registry import trackers
+
+    config = resolved.config["tracker"]
+    made: Tracker = trackers().get(config["name"])(config, directory)
+    return made
+
+
+def _notes(resolved: Sequence[ResolvedRun]) -> list[str]:
+    return [TESTBED_NOTE] if any(item.config["model"]["path"] == "testbed" for item in resolved) else []

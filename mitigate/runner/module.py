@@ -1,0 +1,311 @@
+"""Lightning's part of a run: devices, processes, the order of batches. No other file of the runner knows Lightning."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as lightning
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+from mitigate.records import RecordWriter, SampleRecord
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mitigate.adapters import LoadedModel
+    from mitigate.benchmarks.base import Benchmark
+    from mitigate.core.stack import Stack
+    from mitigate.runner.batches import Batch
+
+WARM_UP_TOKENS = 4
+SEED_STRIDE = 1_000_003
+
+
+class BatchData(Dataset[tuple["Batch", list[list["Image"]]]]):
+    """Batches with their pictures, drawn or read in the loader's processes.
+
+    Parameters
+    ----------
+    benchmark
+        Where pictures come from.
+    batches
+        The batches of this process.
+    """
+
+    def __init__(self, benchmark: Benchmark, batches: Sequence[Batch]) -> None:
+        self.benchmark = benchmark
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Batch, list[list[Image]]]:
+        """Return a batch and, per sample, its pictures."""
+        batch = self.batches[index]
+        return batch, [self.benchmark.images(sample) for sample in batch.samples]
+
+
+class BatchDataModule(lightning.LightningDataModule):
+    """Deals the fixed batches out to the processes.
+
+    Process ``r`` of ``w`` takes the batches ``r, r + w, ...`` of the *full* list and then leaves out those that are
+    recorded: the share of a process does not depend on how far another one has come.
+
+    Parameters
+    ----------
+    benchmark
+        Where pictures come from.
+    batches
+        All batches of the run.
+    done
+        Ids of recorded samples.
+    workers
+        Processes that prepare pictures.
+    """
+
+    def __init__(self, benchmark: Benchmark, batches: Sequence[Batch], done: Collection[str], workers: int) -> None:
+        super().__init__()
+        self.benchmark, self.batches, self.done, self.workers = benchmark, batches, done, workers
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this process's unfinished batches."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        mine = [batch for batch in self.batches[rank::world] if batch.missing(self.done)]
+        return DataLoader(
+            BatchData(self.benchmark, mine), batch_size=None, shuffle=False, num_workers=self.workers, collate_fn=_same
+        )
+
+
+class StackModule(lightning.LightningModule):
+    """Generates the answers of one batch under a stack and writes their records.
+
+    Parameters
+    ----------
+    loaded
+        Model, processor and adapter.
+    stack
+        Methods to attach while predicting.
+    arguments
+        Arguments of ``generate`` besides ``max_new_tokens``.
+    seed
+        Seed of every random draw; together with the sample's id it fixes a sample's numbers.
+    run_dir
+        Where records go.
+    done
+        Ids of recorded samples; their records are not written twice.
+    advance
+        Called with the number of new records after each batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        loaded: LoadedModel,
+        stack: Stack,
+        arguments: Mapping[str, Any],
+        seed: int,
+        run_dir: Path,
+        done: Collection[str],
+        advance: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.model = loaded.model
+        self.loaded, self.stack, self.arguments, self.seed = loaded, stack, dict(arguments), seed
+        self.run_dir, self.done, self.advance = run_dir, done, advance
+        self._open = ExitStack()
+        self._handle: Any = None
+        self._writer: RecordWriter | None = None
+
+    def on_predict_start(self) -> None:
+        """Attach the stack, now that the model is on its device."""
+        self._handle = self._open.enter_context(self.stack.attach(self.model, self.loaded.processor))
+        self._writer = RecordWriter(self.run_dir, self.trainer.global_rank)
+        self._warm = False
+
+    def on_predict_end(self) -> None:
+        """Detach the stack before Lightning moves the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Detach the stack if it is attached."""
+        self._handle = self._writer = None
+        self._open.close()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch alone: the adapter puts its tensors on the model's device."""
+        return batch
+
+    def predict_step(self, data: tuple[Batch, list[list[Image]]], batch_idx: int) -> None:
+        """Generate one batch and append the records that are missing."""
+        batch, images = data
+        inputs = self.loaded.inputs([sample.prompt for sample in batch.samples], images)
+        ids = [sample.id for sample in batch.samples]
+        arguments = {**inputs, **self.arguments, "seed": self.seed, "sample_ids": ids}
+        if not self._warm:  # the first call pays for lazy initialisation; no stack should be charged for it
+            self._handle.generate(**arguments, max_new_tokens=min(WARM_UP_TOKENS, batch.max_new_tokens))
+            self._warm = True
+        # transformers samples from the global generator: a batch draws the same whatever ran before it.
+        torch.manual_seed(self.seed * SEED_STRIDE + batch.index)
+        self._synchronize()
+        started = time.perf_counter()
+        sequences = self._handle.generate(**arguments, max_new_tokens=batch.max_new_tokens)
+        self._synchronize()
+        seconds = (time.perf_counter() - started) / len(ids)
+        generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :]
+        telemetry = self._handle.telemetry()
+        written = 0
+        for row, sample in enumerate(batch.samples):
+            if sample.id in self.done:
+                continue
+            tokens, finished = cut_at_end(generated[row].tolist(), self._end_tokens())
+            record = SampleRecord(
+                id=sample.id,
+                image_id=sample.image_id,
+                task=sample.task,
+                prompt=sample.prompt,
+                text=self.loaded.processor.decode(tokens, skip_special_tokens=True).strip(),
+                tokens=len(tokens),
+                finished=finished,
+                meta=dict(sample.meta),
+                telemetry=telemetry[row],
+                seconds=seconds,
+                error=None,
+            )
+            self._write(record)
+            written += 1
+        self.advance(written * self.trainer.world_size)
+
+    def _write(self, record: SampleRecord) -> None:
+        if self._writer is None:
+            raise RuntimeError("predict_step outside of a running prediction")
+        self._writer.append(record)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _end_tokens(self) -> frozenset[int]:
+        end = self.model.generation_config.eos_token_id
+        return frozenset() if end is None else frozenset(end if isinstance(end, list | tuple) else [end])
+
+
+def predict(
+    module: StackModule, data: BatchDataModule, trainer_config: Mapping[str, Any], *, gradients: bool, folder: Path
+) -> int:
+    """Drive a module over its batches with a Lightning Trainer.
+
+    Parameters
+    ----------
+    module, data
+        What to do, on what.
+    trainer_config
+        ``accelerator``, ``devices``, ``num_nodes`` and ``strategy``.
+    gradients
+        Whether the stack needs them: Lightning's inference mode would silently give none.
+    folder
+        Lightning's root folder; nothing is written there.
+
+    Returns
+    -------
+    int
+        Rank of this process; results are merged by rank 0.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        On Ctrl-C, after everything is detached and closed.
+    """
+    interrupt = _Interrupt()
+    with _quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator=trainer_config["accelerator"],
+            devices=trainer_config["devices"],
+            num_nodes=trainer_config["num_nodes"],
+            strategy=trainer_config["strategy"],
+            inference_mode=not gradients,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[interrupt],
+            default_root_dir=str(folder),
+        )
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.predict(module, datamodule=data, return_predictions=False)
+        except SystemExit:
+            if not interrupt.seen:
+                raise
+            signal.signal(
+                signal.SIGINT, handler
+            )  # Lightning ignores further signals and exits; the caller decides here
+            raise KeyboardInterrupt from None
+        finally:
+            module.close()
+        trainer.strategy.barrier("records")
+    return int(trainer.global_rank)
+
+
+def process_rank() -> int:
+    """Return this process's rank, also before a Trainer exists (launchers tell it through the environment)."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+def cut_at_end(tokens: list[int], end_tokens: Collection[int]) -> tuple[list[int], bool]:
+    """Drop the padding of a finished row: keep tokens up to and with the first end token, and say if there is one."""
+    for place, token in enumerate(tokens):
+        if token in end_tokens:
+            return tokens[: place + 1], True
+    return tokens, False
+
+
+class _Interrupt(lightning.Callback):
+    """Remembers that the user pressed Ctrl-C: Lightning turns it into an exit."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.seen = isinstance(exception, KeyboardInterrupt)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's banners and advice to itself; its errors are exceptions."""
+    loggers = [
+        logging.getLogger(f"{name}{part}")
+        for name in ("pytorch_lightning", "lightning")
+        for part in ("", ".utilities.rank_zero")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _sequences(output: Any) -> torch.Tensor:
+    """Return the token ids of either form of ``generate``'s answer."""
+    tokens: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+    return tokens
+
+
+def _same(item: Any) -> Any:
+    """Return a batch as it is: the data set already makes whole batches."""
+    return item

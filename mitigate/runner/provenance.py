@@ -1,0 +1,67 @@
+"""Where a number comes from: versions of the software and the state of its source."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import mitigate
+
+if TYPE_CHECKING:
+    from mitigate.compose import ResolvedRun
+
+PACKAGES: Final = ("torch", "transformers", "tokenizers", "pytorch-lightning", "hydra-core", "numpy", "pillow", "wandb")
+
+
+def versions(resolved: ResolvedRun) -> dict[str, str]:
+    """Return the versions of the software, the benchmark and each method, without importing any package."""
+    found = {
+        "mitigate": mitigate.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found | plugin_versions(resolved)
+
+
+def plugin_versions(resolved: ResolvedRun) -> dict[str, str]:
+    """Return the declared versions of the benchmark and of each method."""
+    found = {f"benchmark {resolved.benchmark.name}": str(resolved.benchmark.version)}
+    return found | {f"method {method.name}": str(method.version) for method in resolved.methods.values()}
+
+
+def git_state() -> dict[str, str | bool | None]:
+    """Return ``sha`` and ``dirty`` of the checkout the package runs from.
+
+    Both are ``None`` where git is missing, fails, or does not track the package (an installed package may lie in the
+    folder of somebody else's repository). Untracked files count as dirty: a new method file is code that ran.
+    """
+    package = Path(mitigate.__file__).resolve().parent
+    # A hook or a caller may point git at another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments],
+            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=20,
+            encoding="utf-8",
+            errors="replace",
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"sha": None, "dirty": None}

@@ -1,0 +1,248 @@
+"""Run one stack: attach, generate what is missing, score what is recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mitigate.effects import totals
+from mitigate.errors import ConfigError, DataError
+from mitigate.records import RunRecord, SampleRecord, finished_ids, read_samples
+from mitigate.runner.batches import Batch, generate_arguments, plan_batches
+from mitigate.runner.identity import changes_since, check_same_run
+from mitigate.runner.progress import StackProgress
+from mitigate.runner.provenance import git_state, versions
+from mitigate.statistics import intervals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mitigate.adapters import LoadedModel
+    from mitigate.compose import ResolvedRun
+    from mitigate.core.stack import Stack
+
+
+@dataclass
+class ModelCache:
+    """Loaded models by configuration: a comparison loads each one once.
+
+    Parameters
+    ----------
+    models
+        Canonical configuration -> model.
+    """
+
+    models: dict[str, LoadedModel] = field(default_factory=dict)
+
+    def get(self, config: Mapping[str, Any]) -> LoadedModel:
+        """Return the model of a ``model`` configuration, loading it the first time."""
+        from mitigate.adapters import load_model
+
+        arguments = {key: config[key] for key in ("dtype", "attn_implementation", "revision", "trust_remote_code")}
+        key = json.dumps({**arguments, "path": config["path"]}, sort_keys=True)
+        if key not in self.models:
+            self.models[key] = load_model(config["path"], **arguments)
+        return self.models[key]
+
+
+def run(
+    resolved: ResolvedRun,
+    run_dir: Path,
+    *,
+    console: Console,
+    models: ModelCache | None = None,
+    progress: StackProgress | None = None,
+) -> RunRecord:
+    """Answer every sample of a benchmark with a stack attached, and score the answers.
+
+    A folder that already holds some of the records is completed; one that is finished is returned as it is.
+
+    Parameters
+    ----------
+    resolved
+        What to run.
+    run_dir
+        Folder of the records.
+    console
+        Where progress and messages go.
+    models
+        Models that are already loaded.
+    progress
+        Bars of a surrounding comparison.
+
+    Returns
+    -------
+    RunRecord
+        The finished record, as written to ``record.json``.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds another run, or the configured geometry is not the model's.
+    DataError
+        If records are damaged.
+    """
+    run_dir = Path(run_dir)
+    check_same_run(resolved, run_dir)
+    samples = resolved.benchmark.samples()
+    done = finished_ids(run_dir)
+    earlier = _earlier(run_dir)
+    wanted = {sample.id for sample in samples}
+    if strangers := sorted(done - wanted):
+        raise DataError(f"{run_dir} has a record of {strangers[0]!r}, which is no sample of this benchmark; delete it")
+    if earlier is not None and earlier.status == "finished" and done == wanted:
+        _say_reused(earlier, resolved, run_dir, console)
+        if progress is not None:
+            progress.skip()
+        return earlier
+    record = _opening(resolved, earlier, samples)
+    if progress is None:
+        with StackProgress(console) as own:
+            return _finish(resolved, run_dir, record, done, models or ModelCache(), own)
+    return _finish(resolved, run_dir, record, done, models or ModelCache(), progress)
+
+
+def _finish(
+    resolved: ResolvedRun,
+    run_dir: Path,
+    record: RunRecord,
+    done: set[str],
+    models: ModelCache,
+    progress: StackProgress,
+) -> RunRecord:
+    """Generate what is missing, score everything, write the finished record."""
+    from mitigate.runner.module import process_rank
+
+    first = process_rank() == 0
+    if first:
+        record.write(run_dir)
+    try:
+        _generate(resolved, run_dir, done, models, progress)
+    except Exception:
+        if first:
+            replace(record, status="failed").write(run_dir)
+        raise
+    answers = read_samples(run_dir)
+    if len(answers) != record.samples:
+        raise DataError(
+            f"{run_dir} has {len(answers)} of {record.samples} records although the run ended; run it again"
+        )
+    finished = replace(
+        record,
+        status="finished",
+        metrics=intervals(
+            resolved.benchmark.counts(answers), resolved.benchmark.metrics(), seed=int(resolved.config["seed"])
+        ),
+        cost=timing(answers),
+        telemetry=totals(answers),
+    )
+    if first:
+        finished.write(run_dir)
+    return finished
+
+
+def _generate(
+    resolved: ResolvedRun, run_dir: Path, done: set[str], models: ModelCache, progress: StackProgress
+) -> None:
+    """Generate the batches in which a record is missing."""
+    batches = batches_of(resolved, stack=None)
+    if not any(batch.missing(done) for batch in batches):
+        progress.skip()
+        return
+    from mitigate.core.stack import Stack
+    from mitigate.runner.module import BatchDataModule, StackModule, predict
+
+    config = resolved.config
+    loaded = models.get(config["model"])
+    _check_facts(resolved, loaded)
+    stack = Stack(resolved.methods)
+    batches = batches_of(resolved, stack)
+    progress.begin(resolved.stack_name, sum(len(batch.samples) for batch in batches), len(done))
+    module = StackModule(
+        loaded=loaded,
+        stack=stack,
+        arguments=generate_arguments(config["decoding"]),
+        seed=int(config["seed"]),
+        run_dir=run_dir,
+        done=done,
+        advance=progress.advance,
+    )
+    data = BatchDataModule(resolved.benchmark, batches, done, int(config["trainer"]["num_workers"]))
+    predict(module, data, config["trainer"], gradients=stack.needs_gradient, folder=run_dir)
+    progress.end()
+
+
+def batches_of(resolved: ResolvedRun, stack: Stack | None) -> list[Batch]:
+    """Return the run's fixed batches; a stack that serves single samples only gets batches of one."""
+    config = resolved.config
+    size = 1 if stack is not None and not stack.batch else int(config["trainer"]["batch_size"])
+    benchmark = resolved.benchmark
+    return plan_batches(benchmark, benchmark.samples(), size, int(config["decoding"]["max_new_tokens"]))
+
+
+def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: list[Any]) -> RunRecord:
+    """Return the record of a run that begins or goes on."""
+    return RunRecord(
+        status="running",
+        stack=resolved.stack_name,
+        samples=len(samples),
+        config=dict(resolved.config),
+        provenance=dict(resolved.provenance),
+        versions=versions(resolved),
+        git=git_state(),
+        data_hash=resolved.benchmark.data_hash(),
+        prompt_hash=resolved.benchmark.prompt_hash(),
+        created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _earlier(run_dir: Path) -> RunRecord | None:
+    return RunRecord.read(run_dir) if (run_dir / "record.json").exists() else None
+
+
+def _say_reused(earlier: RunRecord, resolved: ResolvedRun, run_dir: Path, console: Console) -> None:
+    changes = changes_since(earlier.versions, versions(resolved))
+    now = git_state()
+    if earlier.git.get("sha") != now.get("sha"):
+        changes.append(f"commit {str(earlier.git.get('sha'))[:9]} -> {str(now.get('sha'))[:9]}")
+    note = f"; since then: {', '.join(changes)}; delete {run_dir} to run it again" if changes else ""
+    line = f"{earlier.stack}: finished {earlier.created_at}, not run again{note}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_facts(resolved: ResolvedRun, loaded: LoadedModel) -> None:
+    """Refuse a configured geometry that is not the model's: the plan was made for another model."""
+    facts = resolved.facts
+    if facts is None or facts == loaded.facts:
+        return
+    names = [item.name for item in fields(facts)]
+    wrong = [name for name in names if getattr(facts, name) != getattr(loaded.facts, name)]
+    raise ConfigError(
+        f"model.{wrong[0]}={getattr(facts, wrong[0])!r} is configured, but the loaded model has "
+        f"{getattr(loaded.facts, wrong[0])!r}; correct it or leave it out"
+    )
+
+
+def timing(answers: list[SampleRecord]) -> dict[str, float]:
+    """Return what answers cost, from their recorded times.
+
+    Captions alone decide (a yes/no answer is nearly all prompt); where there are none, all answers do.
+
+    Returns
+    -------
+    dict
+        ``tokens``, ``seconds`` (wall time of the batches, shared out to their samples) and ``ms_per_token``.
+    """
+    timed = [answer for answer in answers if answer.task == "caption"] or answers
+    seconds = math.fsum(answer.seconds for answer in timed)
+    tokens = sum(answer.tokens for answer in timed)
+    return {
+        "tokens": float(tokens),
+        "seconds": seconds,
+        "ms_per_token": 1000.0 * seconds / tokens if tokens else math.nan,
+    }

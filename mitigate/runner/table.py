@@ -1,0 +1,283 @@
+"""The result table: columns made once from a comparison's numbers, drawn by the terminal and by the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Width of the tables where the output has no terminal to measure.
+PLAIN_WIDTH = 140
+#: Longer parts of a metric's name are cut to three letters in headings.
+_PART_WIDTH = 6
+_SHORT = {"accuracy": "acc.", "yes-rate": "yes"}
+BETTER, WORSE, FLAG = "better", "worse", "flag"
+_STYLES = {BETTER: "bold green", WORSE: "bold red", FLAG: "bold yellow", "": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One number of the table.
+
+    Parameters
+    ----------
+    text
+        The number as printed; a difference that excludes zero ends in ``*``.
+    interval
+        Its 95 % interval as ``[low, high]``, or empty.
+    tone
+        ``better``, ``worse``, ``flag`` or empty.
+    """
+
+    text: str
+    interval: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column over all stacks.
+
+    Parameters
+    ----------
+    section
+        Which part of the table: ``quality``, ``difference``, ``cost`` or ``effect``.
+    group, title
+        Header lines; the group is what neighbouring columns share.
+    inline
+        Whether the terminal prints the interval too (the report always does).
+    cells
+        Stack -> cell.
+    """
+
+    section: str
+    group: str
+    title: str
+    inline: bool = False
+    cells: Mapping[str, Cell] = field(default_factory=dict)
+
+    def lines(self, stack: str) -> str:
+        """Return what the terminal prints for a stack."""
+        cell = self.cells[stack]
+        return f"{cell.text} {cell.interval}" if self.inline and cell.interval else cell.text
+
+    def width(self) -> int:
+        """Return the width the column needs in a terminal."""
+        return max(map(len, (*self.group.splitlines(), self.title, *map(self.lines, self.cells))))
+
+
+def columns(comparison: Mapping[str, Any]) -> list[Column]:
+    """Make the columns of a comparison: quality, paired differences, cost, effects.
+
+    Parameters
+    ----------
+    comparison
+        Content of ``comparison.json``.
+    """
+    stacks: Mapping[str, Any] = comparison["stacks"]
+    made = [
+        Column(
+            section="quality",
+            group=_group(name, metric),
+            title=_SHORT.get(metric["short"], metric["short"]),
+            cells={stack: _value(metric, data["metrics"][name]) for stack, data in stacks.items()},
+        )
+        for name, metric in comparison["metrics"].items()
+    ]
+    if comparison["baseline"] is not None:
+        made += [
+            Column(
+                section="difference",
+                group=f"difference\nto {comparison['baseline']}, 95 %",
+                title=comparison["metrics"][name]["title"],
+                inline=True,
+                cells={
+                    stack: _difference(comparison["metrics"][name], data["differences"].get(name))
+                    for stack, data in stacks.items()
+                },
+            )
+            for name in comparison["headline"]
+        ]
+        made += _tests(comparison)
+    made += [_numbers(stacks, *definition) for definition in _COST_AND_EFFECTS]
+    return made
+
+
+def _tests(comparison: Mapping[str, Any]) -> list[Column]:
+    """Make the columns of p-values: for the report."""
+    stacks = comparison["stacks"]
+    made = [
+        Column(
+            section="test",
+            group="p, Holm",
+            title=comparison["metrics"][name]["title"],
+            cells={
+                stack: Cell(text=_p(data["differences"][name]["p_holm"]) if name in data["differences"] else "")
+                for stack, data in stacks.items()
+            },
+        )
+        for name in comparison["headline"]
+    ]
+    if any(data["mcnemar"] for data in stacks.values()):
+        cells = {
+            stack: Cell(text=_p(data["mcnemar"]["p"]) if data["mcnemar"] else "") for stack, data in stacks.items()
+        }
+        made.append(Column(section="test", group="p, McNemar", title="yes/no", cells=cells))
+    return made
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+
+
+def print_table(comparison: Mapping[str, Any], console: Console) -> None:
+    """Print the table, folded into as many blocks with the same rows as the width asks for."""
+    width = console.width if console.is_terminal else PLAIN_WIDTH
+    made = [column for column in columns(comparison) if column.section != "test"]
+    name_width = max(len("stack"), *(len(name) for name in comparison["stacks"]))
+    title: str | None = (
+        f"{comparison['name']}: {comparison['n_images']} pictures, {comparison['n_samples']} answers per stack, "
+        f"model {comparison['model']}; rates in %"
+    )
+    for block in _blocks(made, width - name_width - 4):
+        table = Table(
+            title=title and Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False
+        )
+        table.add_column("stack", no_wrap=True)
+        for column in block:
+            heading = "\n".join([*column.group.splitlines(), column.title])
+            table.add_column(Text(heading, justify="right"), justify="right", vertical="bottom", no_wrap=True)
+        for stack in comparison["stacks"]:
+            cells = [Text(column.lines(stack), style=_STYLES[column.cells[stack].tone]) for column in block]
+            table.add_row(Text(stack), *cells)
+        console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
+        console.print()
+        title = None
+    for line in footnotes(comparison):
+        console.print(Text(line), width=width, crop=False)
+
+
+def footnotes(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the sentences under the table: what the marks mean, who did nothing, what the numbers are not."""
+    lines = []
+    if comparison["baseline"] is not None and len(comparison["stacks"]) > 1:
+        lines.append(
+            f"* the paired 95 % interval of the difference to {comparison['baseline']} excludes zero "
+            "(bootstrap over pictures, no correction for several stacks)."
+        )
+    for stack, data in comparison["stacks"].items():
+        lines += [f"! {stack}: {note}" for note in data["notes"]]
+    return lines + list(comparison["notes"])
+
+
+def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """Format a number for a table; undefined ones (``None`` or not a number) as a dash."""
+    if value is None or value != value:
+        return "–"
+    value = round(value, digits) or 0.0  # no "-0.0"
+    text = f"{value:+.{digits}f}" if sign and value else f"{value:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def _group(name: str, metric: Mapping[str, Any]) -> str:
+    """Return what a metric called ``family/part/statistic`` shares with its neighbours; empty for other names."""
+    if "/" not in name:
+        return ""
+    part = "/".join(name.split("/")[1:-1])
+    return f"{metric['title'].split()[0]}\n{part if len(part) <= _PART_WIDTH else f'{part[:3]}.'}"
+
+
+def _scale(metric: Mapping[str, Any]) -> float:
+    return 100.0 if metric["percent"] else 1.0
+
+
+def _value(metric: Mapping[str, Any], interval: Mapping[str, float | None]) -> Cell:
+    factor = _scale(metric)
+    value, low, high = (_times(interval[key], factor) for key in ("value", "low", "high"))
+    return Cell(text=number(value), interval="" if low is None else f"[{number(low)}, {number(high)}]")
+
+
+def _difference(metric: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Cell:
+    if difference is None:
+        return Cell(text="")
+    factor = _scale(metric)
+    value, low, high = (_times(difference[key], factor) for key in ("value", "low", "high"))
+    tone = ""
+    if difference["excludes_zero"] and value is not None and metric["higher_is_better"] is not None:
+        tone = BETTER if (value > 0) == metric["higher_is_better"] else WORSE
+    star = "*" if difference["excludes_zero"] else ""
+    return Cell(
+        text=number(value, sign=True) + star,
+        interval="" if low is None else f"[{number(low, sign=True)}, {number(high, sign=True)}]",
+        tone=tone,
+    )
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _did(data: Mapping[str, Any], text: str) -> Cell:
+    return Cell(text=text, tone=FLAG if data["effects"]["idle"] else "")
+
+
+#: Section, header lines, and how a stack's entry becomes a cell.
+_COST_AND_EFFECTS: list[tuple[str, str, str, Callable[[Mapping[str, Any]], Cell]]] = [
+    ("cost", "ms", "/token", lambda data: Cell(text=number(data["cost"]["ms_per_token"], 2))),
+    ("cost", "time", "ratio", lambda data: Cell(text=_ratio(data["cost"]["overhead"]))),
+    ("effect", "texts", "changed", lambda data: Cell(text=_percent(data["effects"]["texts_changed"]))),
+    ("effect", "rows", "edited", lambda data: _did(data, _percent(data["effects"]["rows_edited_share"]))),
+    ("effect", "rejections", "/token", lambda data: _did(data, number(data["effects"]["rejections_per_token"], 2))),
+    (
+        "effect",
+        "extra forwards",
+        "/token",
+        lambda data: Cell(text=number(data["effects"]["extra_forwards_per_token"], 2)),
+    ),
+    (
+        "effect",
+        "extra backwards",
+        "/token",
+        lambda data: Cell(text=number(data["effects"]["extra_backwards_per_token"], 2)),
+    ),
+]
+
+
+def _numbers(
+    stacks: Mapping[str, Any], section: str, group: str, title: str, cell: Callable[[Mapping[str, Any]], Cell]
+) -> Column:
+    return Column(
+        section=section, group=group, title=title, cells={stack: cell(data) for stack, data in stacks.items()}
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return number(value, 2) + ("×" if value is not None else "")
+
+
+def _percent(value: float | None) -> str:
+    return number(_times(value, 100.0))
+
+
+def _blocks(made: list[Column], width: int) -> list[list[Column]]:
+    """Fold columns into blocks that fit; where all do not fit in one, the differences start a new block."""
+    if sum(column.width() + 2 for column in made) <= width:
+        return [made]
+    blocks: list[list[Column]] = [[]]
+    left = width
+    for before, column in zip([None, *made[:-1]], made, strict=True):
+        needed = column.width() + 2
+        opens = before is not None and before.section == "quality" != column.section
+        if blocks[-1] and (needed > left or opens):
+            blocks.append([])
+            left = width
+        blocks[-1].append(column)
+        left -= needed
+    return blocks

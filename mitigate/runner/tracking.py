@@ -1,0 +1,97 @@
+"""Hand finished results to a tracker; whatever happens there, the records are already on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mitigate.report.examples import Example, hallucinated
+from mitigate.trackers.base import TrackedRun, Tracker
+
+if TYPE_CHECKING:
+    from mitigate.compose import ResolvedRun
+    from mitigate.records import RunRecord
+
+SAMPLE_COLUMNS = ("picture", "sample", "task", "prompt", "reply", "hallucinated")
+
+
+def track(
+    tracker: Tracker,
+    comparison: Mapping[str, Any],
+    resolved: Sequence[ResolvedRun],
+    records: Mapping[str, RunRecord],
+    examples: Sequence[Example],
+) -> list[str]:
+    """Log every stack as one run of one group.
+
+    Returns
+    -------
+    list of str
+        Lines for the user: where the runs are, or what failed. A tracker's failure is reported, never raised.
+    """
+    places: list[str] = []
+    for item in resolved:
+        stack = item.stack_name
+        try:
+            tracker.start(
+                TrackedRun(
+                    name=stack,
+                    group=comparison["name"],
+                    config={**item.config, "versions": records[stack].versions, "git": records[stack].git},
+                    notes=" ".join(comparison["notes"]),
+                )
+            )
+            tracker.log(flat_numbers(comparison["stacks"][stack]))
+            tracker.table("samples", SAMPLE_COLUMNS, sample_rows(stack, examples))
+            place = tracker.finish()
+        except Exception as error:
+            reason = (str(error).splitlines() or ["no message"])[0]
+            _give_up(tracker)
+            return [
+                f"Tracking with {tracker.name} failed at stack {stack} ({type(error).__name__}: {reason}); "
+                "all results are recorded, run the same command again to track them"
+            ]
+        places += [place] if place else []
+    return [_say(tracker.name, places)] if places else []
+
+
+def _give_up(tracker: Tracker) -> None:
+    try:
+        tracker.finish(failed=True)
+    except Exception:
+        return  # the first failure is the one worth reporting
+
+
+def _say(name: str, places: Sequence[str]) -> str:
+    parent = places[0].rsplit("/", 1)[0]
+    return f"Tracked with {name}: {len(places)} runs in {parent}"
+
+
+def flat_numbers(stack: Mapping[str, Any]) -> dict[str, float]:
+    """Return a stack's results as ``name -> number``; undefined ones are left out."""
+    flat: dict[str, float | None] = {}
+    for kind, prefix in (("metrics", ""), ("differences", "difference/")):
+        for name, interval in stack[kind].items():
+            flat[f"{prefix}{name}"] = interval["value"]
+            flat |= {f"{prefix}{name}/{end}": interval[end] for end in ("low", "high")}
+    flat |= {f"effect/{key}": value for key, value in stack["effects"].items() if isinstance(value, int | float)}
+    flat |= {f"cost/{key}": value for key, value in stack["cost"].items() if isinstance(value, int | float)}
+    for method, counters in stack["effects"]["methods"].items():
+        flat |= {f"telemetry/{method}/{counter}": value for counter, value in counters.items()}
+    return {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def sample_rows(stack: str, examples: Sequence[Example]) -> list[list[Any]]:
+    """Return the example samples of a stack: picture, id, task, prompt, reply, what it hallucinated."""
+    return [
+        [
+            example.pictures[0] if example.pictures else None,
+            entry.sample.id,
+            entry.sample.task,
+            entry.sample.prompt,
+            "".join(span.text for span in entry.spans[stack]),
+            ", ".join(span.text for span in hallucinated(entry.spans[stack])),
+        ]
+        for example in examples
+        for entry in example.entries
+    ]

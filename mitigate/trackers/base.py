@@ -1,0 +1,66 @@
+"""What a tracker is: four calls per stack, made after the stack's records are safe on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """One stack of a comparison, as a tracker sees it.
+
+    Parameters
+    ----------
+    name, group
+        Stack and comparison.
+    config
+        The run's complete configuration.
+    tags
+        Labels the user asked for.
+    notes
+        One sentence on what the numbers are and are not.
+    """
+
+    name: str
+    group: str
+    config: Mapping[str, Any]
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+
+
+class Tracker:
+    """Base class of trackers: override the four calls.
+
+    Parameters
+    ----------
+    config
+        The ``tracker`` section of the run's configuration.
+    directory
+        Folder of the comparison; local files go below it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+
+    def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
+        self.config = config
+        self.directory = directory
+
+    def start(self, run: TrackedRun) -> None:
+        """Open a run for one stack."""
+        raise NotImplementedError(f"{type(self).__name__} does not define start()")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Store final values by name; names are grouped by ``/``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define log()")
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Store a table; a cell may be a `PIL.Image.Image`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define table()")
+
+    def finish(self, *, failed: bool = False) -> str | None:
+        """Close the run and return where it can be found (``None``: nowhere)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define finish()")
