@@ -287,8 +287,8 @@ def read_samples(run_dir: Path) -> list[SampleRecord]:
     """
     chosen: dict[str, tuple[SampleRecord, str]] = {}
     for path in sample_files(run_dir):
-        data = path.read_bytes()
-        for index, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+        # What follows the last line end is nothing, or a torn line.
+        for index, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             where = f"{path}:{index}"
             try:
                 record = SampleRecord.from_line(line.decode("utf-8"))

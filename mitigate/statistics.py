@@ -49,7 +49,7 @@ def _weights(images: int, resamples: int, seed: int) -> Iterator[Array]:
     chunk = max(1, _CELLS_PER_CHUNK // max(images, 1))
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)
-        drawn = rng.integers(images, size=(count, images)) + np.arange(count)[:, None] * images
+        drawn = rng.integers(max(images, 1), size=(count, images)) + np.arange(count)[:, None] * images
         yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
 
 
@@ -108,8 +108,6 @@ def intervals(
         If a metric's column is missing.
     """
     _check(n, level)
-    if not counts.images:
-        return {metric.name: Interval(float("nan"), float("nan"), float("nan"), 1.0) for metric in metrics}
     (draws,) = _resample([counts], metrics, n, seed)
     result = {}
     for metric in metrics:
@@ -144,9 +142,6 @@ def paired_differences(
     """
     _check(n, level)
     second = _aligned(first, second)
-    if not first.images:
-        nan = float("nan")
-        return {metric.name: Difference(nan, nan, nan, 1.0, nan) for metric in metrics}
     before, after = _resample([first, second], metrics, n, seed)
     result = {}
     for metric in metrics:

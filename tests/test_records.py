@@ -45,6 +45,10 @@ def write(run_dir: Path, *records: SampleRecord, rank: int = 0) -> Path:
     return writer.path
 
 
+def no_space(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -204,10 +208,6 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     writer = RecordWriter(tmp_path)
     writer.append(record("a"))
     before = writer.path.read_bytes()
-
-    def no_space(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
         with pytest.raises(DataError, match=r"'b'.*No space left"):
@@ -247,12 +247,16 @@ def test_numbers_json_cannot_hold() -> None:
         to_json({1: "a"})
 
 
-def test_json_files_are_replaced_whole(tmp_path: Path) -> None:
+def test_json_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"a": math.nan})
     strict_loads(path.read_text())
     with pytest.raises(DataError):
         write_json(path, {"a": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(path, {"a": 1})
     assert read_json(path) == {"a": None}
     assert [item.name for item in path.parent.iterdir()] == ["x.json"]
     path.write_text("{")

@@ -110,6 +110,8 @@ def test_paired_differences_reject_a_true_null_rarely_and_see_a_real_effect() ->
     null = [paired_differences(make(s, 80), make(s + 5000, 80), [RATE], 400, s)["rate"] for s in range(200)]
     assert 0.01 <= np.mean([difference.excludes_zero for difference in null]) <= 0.10
     assert 0.01 <= np.mean([difference.p < 0.05 for difference in null]) <= 0.10
+    # A percentile interval excludes zero exactly when the tail beyond zero is below 2.5 %.
+    assert abs(sum(d.p < 0.05 for d in null) - sum(d.excludes_zero for d in null)) <= 3
     effect = [paired_differences(make(s, 80), make(s + 5000, 80, 0.2), [RATE], 400, s)["rate"] for s in range(20)]
     assert all(difference.excludes_zero and difference.low > 0 for difference in effect)
 

@@ -21,6 +21,7 @@ from mitigate.metrics.pope import SPLITS, columns, parse, pope_counts, pope_metr
         ("NO", "no", "yes"),
         (" **No**! ", "no", "yes"),
         ("No.", "no", "no"),
+        ("No, there is none", "no", "no"),
         ("Yes, there is one.", "yes", "yes"),
         ("Yes. There is no other.", None, "yes"),
         ("yes no", None, "no"),
