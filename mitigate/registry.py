@@ -60,7 +60,7 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
         Names that exist.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}? (known: {', '.join(names)})"
     return f"; known: {', '.join(names) if names else 'none'}"

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from mitigate.errors import PluginError
+from mitigate.errors import ConfigError, PluginError
 
 #: Fields every method node has besides the method's own parameters.
 METHOD_EXTRAS = ("name", "preset")
@@ -141,6 +142,36 @@ def schema_of(name: str, plugin: type, *, extras: Sequence[str] = (), unset: boo
     return dataclasses.make_dataclass(plugin.__name__, fields)
 
 
+def check_value(plugin: type, key: str, value: Any, text: str) -> Any:
+    """Return a parameter's value in its own type (``1`` as ``1.0`` for a float).
+
+    Parameters
+    ----------
+    plugin
+        Dataclass the parameter belongs to.
+    key
+        Name of the parameter.
+    value
+        Plain value.
+    text
+        What the user wrote, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If the value has the wrong type.
+    """
+    annotation = annotations_of(plugin)[key]
+    schema = dataclasses.make_dataclass("Value", [(key, _config_type(annotation), dataclasses.field(default=MISSING))])
+    node: Any = OmegaConf.structured(schema)
+    try:
+        node[key] = value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{text} has the wrong type: {key} is {type_name(annotation)}") from error
+    container: Any = OmegaConf.to_container(node)
+    return container[key]
+
+
 def native(plugin: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn plain configuration values into what the plugin's annotations ask for (lists into tuples)."""
     annotations = annotations_of(plugin)
@@ -181,7 +212,9 @@ def _parameter_docs(plugin: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for owner in reversed(plugin.__mro__):
         text = inspect.cleandoc(owner.__doc__ or "")
-        section = re.search(r"^Parameters\n-+\n(.*?)(?=^\S[^\n]*\n---|\Z)", text, re.MULTILINE | re.DOTALL)
+        section = re.search(
+            r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=^\S[^\n]*\n---|\Z)", text, re.MULTILINE | re.DOTALL
+        )
         names: list[str] = []
         for line in section.group(1).splitlines() if section else ():
             if line and not line.startswith(" "):

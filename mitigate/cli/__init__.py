@@ -1,0 +1,109 @@
+"""The console script: every problem the user can fix is one or two lines on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from mitigate import __version__
+from mitigate.cli.exits import INTERRUPTED, OK, USER_ERROR
+from mitigate.errors import ConfigError, HookError, MitigateError
+
+#: Command -> ``module:function``; the function takes the remaining arguments and the console.
+COMMANDS = {
+    "run": "mitigate.cli.running:run",
+    "compare": "mitigate.cli.running:compare",
+    "plan": "mitigate.cli.planning:plan",
+    "list": "mitigate.cli.listing:show",
+    "testbed": "mitigate.cli.testbed:testbed",
+}
+
+#: Width of tables when the output is no terminal: nothing is cut off in files and pipes.
+_PIPE_WIDTH = 200
+
+HELP = """\
+mitigate: stop vision-language models from hallucinating; compose, run and compare inference-time methods.
+
+Usage: mitigate COMMAND [KEY=VALUE ...]
+
+Commands
+  compare   run several stacks of methods on the same samples: one table, one report, one W&B group
+  run       run one stack on one benchmark and record every sample
+  plan      print what a stack would do: points, layers, order, every value and where it came from
+  list      list methods, models, benchmarks and stacks   (--json for everything, with parameters)
+  testbed   train or evaluate the small embedded model    (testbed train | testbed evaluate)
+
+Options
+  -h, --help     this text; `mitigate COMMAND --help` explains one command
+  --version      version
+
+Examples
+  mitigate compare                                        the default comparison on the embedded testbed
+  mitigate compare experiment=quick                       a smoke comparison
+  mitigate compare 'stacks=[none,NAME,NAME+NAME]' benchmark.limit=50
+  mitigate plan 'methods=[NAME]' methods.NAME.preset=paper model=llava-1.5-7b
+  mitigate run stack=NAME model=hf model.path=/path/to/checkpoint
+  mitigate run -m 'methods=[NAME],[]' decoding.max_new_tokens=32,64
+  mitigate list methods
+
+Quote brackets, braces and ~ for the shell. Exit codes: 0 done, 2 something to fix in the command, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the console script.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; the process's own by default.
+
+    Returns
+    -------
+    int
+        Exit code. Unexpected exceptions are not caught, so that their traceback is seen.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = make_console()
+    try:
+        return _dispatch(arguments, console)
+    except HookError:
+        raise  # a method failed in the middle of a run: its author needs the traceback
+    except MitigateError as error:
+        make_console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        make_console(stderr=True).print("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of `mitigate list | head` is gone; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console that cuts nothing off when its output is no terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width)
+
+
+def _dispatch(arguments: list[str], console: Console) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+        return OK if arguments else USER_ERROR
+    if arguments[0] in ("--version", "-V"):
+        console.print(f"mitigate {__version__}", highlight=False)
+        return OK
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        from mitigate.registry import suggestion
+
+        kind = "option" if command.startswith("-") else "command"
+        raise ConfigError(f"unknown {kind} {command!r}{suggestion(command, COMMANDS)}")
+    module, _, function = COMMANDS[command].partition(":")
+    code: int = getattr(importlib.import_module(module), function)(rest, console)
+    return code

@@ -1,0 +1,7 @@
+"""Exit codes of the console script; an unexpected exception ends with Python's own 1 and its traceback."""
+
+from __future__ import annotations
+
+OK = 0
+USER_ERROR = 2
+INTERRUPTED = 130

@@ -1,0 +1,108 @@
+"""``mitigate plan``: what a stack would do, and where every value came from, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mitigate.cli.listing import extra_passes
+from mitigate.cli.options import help_text, read_options
+from mitigate.compose import compose_comparison, compose_run
+from mitigate.compose.session import flatten
+from mitigate.core.plan import plan_stack
+
+if TYPE_CHECKING:
+    from mitigate.compose import ResolvedRun
+
+
+def plan(arguments: Sequence[str], console: Console) -> int:
+    """Print the plan of one stack, or of every stack of ``stacks=[...]``."""
+    options = read_options("plan", arguments, ("json",))
+    if options.help:
+        console.print(help_text("plan"), end="", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    several = any(override.startswith("stacks=") for override in options.overrides)
+    runs = compose_comparison(options.overrides) if several else [compose_run(options.overrides)]
+    if options.json:
+        plans = [_as_json(run) for run in runs]
+        text = json.dumps(plans if several else plans[0], indent=2, ensure_ascii=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    for run in runs:
+        _print(run, console)
+    return 0
+
+
+def _as_json(run: ResolvedRun) -> dict[str, Any]:
+    return {
+        "stack": run.stack_name,
+        "run_name": run.run_name,
+        "facts": None if run.facts is None else vars(run.facts),
+        "points": [] if run.facts is None else [vars(line) for line in plan_stack(run.methods, run.facts)],
+        "config": run.config,
+        "provenance": run.provenance,
+    }
+
+
+def _print(run: ResolvedRun, console: Console) -> None:
+    model, facts = run.config["model"], run.facts
+    shape = "geometry known when the checkpoint is loaded"
+    if facts is not None:
+        shape = f"{facts.family}, {facts.layers} layers, {facts.heads} heads, {facts.kv_heads} key/value heads"
+    console.rule(Text(f"stack {run.stack_name}", style="bold"), align="left")
+    _say(console, f"Model      {model['name']} ({model['path']}, {model['dtype']}): {shape}")
+    _say(console, f"Order      {' → '.join(run.methods) or 'no methods: plain generation'}")
+    _say(console, f"Benchmark  {run.config['benchmark']['name']}")
+    for key, method in run.methods.items():
+        notes = [f"extra passes: {extra_passes(method.tags)}"]
+        notes += ["needs gradients"] if method.tags.gradient else []
+        notes += ["draws random numbers"] if method.tags.stochastic else []
+        notes += ["one sample at a time"] if not method.tags.batch else []
+        _say(console, f"Cost       {key}: {', '.join(notes)}")
+    if any(method.tags.selects_token or method.tags.owns_loop for method in run.methods.values()):
+        _say(console, "Generate   with handle.generate(...): a method of the stack chooses the tokens")
+    if facts is None and run.methods:
+        _say(
+            console,
+            "Points     known when the checkpoint is loaded; give model.family, layers, heads and kv_heads to see",
+        )
+    elif facts is not None and run.methods:
+        console.print(_points(run))
+    console.print(_values(run))
+
+
+def _points(run: ResolvedRun) -> Table:
+    columns = ("point", "method", "layers", "rows", "phases", "access", "what")
+    table = Table(*columns, title="Points, in the order of a forward; stack order within a point", title_justify="left")
+    for line in plan_stack(run.methods, run.facts) if run.facts is not None else ():
+        cells = (line.point, line.method, line.layers, line.rows, line.phases, line.access, line.where)
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _values(run: ResolvedRun) -> Table:
+    """Return the table of values: all of the methods and the benchmark, elsewhere only what is not the default."""
+    table = Table("key", "value", "from", title="Values", title_justify="left")
+    hidden = 0
+    for key, value in flatten(run.config).items():
+        source = run.provenance.get(key)
+        if source is None:
+            continue
+        section = key.partition(".")[0]
+        if source == "default" and section not in ("methods", "benchmark"):
+            hidden += 1
+            continue
+        style = "dim" if source == "default" else "bold"
+        shown = "null" if value is None else json.dumps(value) if not isinstance(value, str) else value
+        table.add_row(*(Text(cell, style=style) for cell in (key, shown, source)))
+    table.caption = f"{hidden} further values are defaults; `--json` and `mitigate run --cfg job` print all"
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,109 @@
+"""``mitigate run`` and ``mitigate compare``: compose everything, then hand over to the runner."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from mitigate.cli.exits import INTERRUPTED
+from mitigate.cli.options import help_text, read_options
+
+if TYPE_CHECKING:
+    from mitigate.compose import ResolvedRun
+    from mitigate.records import RunRecord
+
+_ALLOWED = ("sweep", "config")
+
+
+def run(arguments: Sequence[str], console: Console) -> int:
+    """Run one stack, or with ``-m`` every job of a sweep; nothing starts before all jobs are composed."""
+    options = read_options("run", arguments, _ALLOWED)
+    if options.help:
+        return _print(console, help_text("run"))
+    from mitigate.compose import compose_run, compose_sweep
+
+    jobs = compose_sweep(options.overrides) if options.sweep else [compose_run(options.overrides)]
+    if options.config:
+        return _print_configs(console, jobs)
+    from mitigate.runner import run as start
+
+    for number, job in enumerate(jobs, start=1):
+        directory = _directory(job, job.run_name, f"{job.stack_name}-{job.digest}", len(jobs))
+        if len(jobs) > 1:
+            _say(console, f"Job {number} of {len(jobs)}: {directory}")
+        try:
+            record = start(job, directory, console=console)
+        except KeyboardInterrupt:
+            _say(console, f"Interrupted. Answers so far are in {directory}; the same command goes on from there.")
+            return INTERRUPTED
+        console.print(_metrics(job, record))
+        _say(console, f"Record: {directory / 'record.json'}")
+    return 0
+
+
+def compare(arguments: Sequence[str], console: Console) -> int:
+    """Compare stacks, or with ``-m`` run several comparisons."""
+    options = read_options("compare", arguments, _ALLOWED)
+    if options.help:
+        return _print(console, help_text("compare"))
+    from mitigate.compose import comparison_name, compose_comparison, compose_comparison_sweep
+
+    notes: list[str] = []
+    if options.sweep:
+        jobs = compose_comparison_sweep(options.overrides, notes)
+    else:
+        jobs = [compose_comparison(options.overrides, notes)]
+    if options.config:
+        return _print_configs(console, [stack for job in jobs for stack in job])
+    for note in dict.fromkeys(notes):
+        _say(console, note)
+    from mitigate.runner import compare as start
+
+    command = shlex.join(["mitigate", "compare", *arguments])
+    for number, job in enumerate(jobs, start=1):
+        name = comparison_name(job)
+        directory = _directory(job[0], name, f"{len(job)}-stacks-{job[0].digest}", len(jobs))
+        _say(console, f"Comparison {number} of {len(jobs)}: {directory}" if len(jobs) > 1 else f"Folder: {directory}")
+        try:
+            start(job, directory, console=console, command=command)
+        except KeyboardInterrupt:  # the runner has said where the answers are
+            return INTERRUPTED
+    return 0
+
+
+def _metrics(job: ResolvedRun, record: RunRecord) -> Table:
+    """Return a run's metrics with their 95 % intervals."""
+    table = Table("metric", "value", "95 % interval", title=job.stack_name, title_justify="left")
+    percent = {metric.name for metric in job.benchmark.metrics() if metric.percent}
+    for name, interval in record.metrics.items():
+        scale, unit = (100.0, " %") if name in percent else (1.0, "")
+        value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))
+        table.add_row(name, f"{value:.2f}{unit}", f"{low:.2f} to {high:.2f}")
+    return table
+
+
+def _directory(job: ResolvedRun, name: str, short: str, jobs: int) -> Path:
+    """Return a job's folder; the jobs of a sweep that the user named get folders of their own below that name."""
+    folder = Path(job.config["runs_dir"]) / name
+    return folder / short if job.config["name"] and jobs > 1 else folder
+
+
+def _print_configs(console: Console, jobs: Sequence[ResolvedRun]) -> int:
+    from omegaconf import OmegaConf
+
+    documents = [OmegaConf.to_yaml(OmegaConf.create(dict(job.config))) for job in jobs]
+    return _print(console, "---\n".join(documents))
+
+
+def _print(console: Console, text: str) -> int:
+    console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
