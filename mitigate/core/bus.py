@@ -190,9 +190,9 @@ class HookBus:
         frame = cast(Frame, request.frame)
         active = ~request.finished
         predictors = max(frame.stop - max(frame.start, request.layout.prompt_length - 1), 0)
-        request.totals.count("forwards", 1.0, active)
-        request.totals.count("attention_rows", float(predictors * len(self._layers)), active)
         if predictors:
+            request.totals.count("forwards", 1.0, active)
+            request.totals.count("attention_rows", float(predictors * len(self._layers)), active)
             for item in self.subscriptions(Point.NEXT_TOKEN_LOGITS):
                 self._edit_logits(item, request, frame, output)
             request.graph_logits = output.logits[:, -1] if frame.gradient else None

@@ -249,8 +249,8 @@ class SGRS(Method):
         start = layout.after_image if self.history_start == "after_image" else layout.prompt_length
         start = torch.as_tensor(start, device=event.logits.device).expand(layout.rows)[:, None]
         keys = torch.arange(layout.length, device=event.logits.device)
-        last = layout.length - 1
-        inside = (keys >= start) & (keys <= (last if self.include_diagonal else last - 1))
+        last = layout.length - (1 if self.include_diagonal else 2)
+        inside = (keys >= start) & (keys <= last)
         return inside & (keys > last - self.window) if self.reduce == "window_sum" else inside
 
     def _score(
@@ -263,7 +263,8 @@ class SGRS(Method):
         saliency = self._saliency(event, token, rows, columns)
         if bool(saliency[rows].isnan().any()):
             raise HookError(f"{self.name}: saliency is not a number at step {event.step}; the model's logits are not finite")
-        state.count("extra_backwards", 1.0, rows)
+        if self.query_row == "predictor":
+            state.count("extra_backwards", 1.0, rows)
         filled = torch.where(rows, saliency, draw.saliency.gather(1, place[:, None])[:, 0])
         draw.saliency = draw.saliency.scatter(1, place[:, None], filled[:, None])
 
@@ -272,10 +273,11 @@ class SGRS(Method):
         if self.query_row == "candidate":
             # the loss does not depend on the attention row of the token it predicts: its gradient is exactly zero
             return torch.zeros_like(event.logits[:, 0])
-        # d(-log p_c)/d(logits), scaled to unit length: S does not change (Eq. 5), and nothing underflows as p_c -> 1
-        one_hot = torch.nn.functional.one_hot(token, event.logits.shape[-1])
-        cotangent = event.logits.softmax(-1) - one_hot
-        cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        # d(-log p_c)/d(logits) = p - e_c, where p_c - 1 is minus the sum of the others: no cancellation as p_c -> 1
+        others = event.logits.softmax(-1).scatter(1, token[:, None], 0.0)
+        cotangent = others.scatter(1, token[:, None], -others.sum(-1, keepdim=True))
+        if self.norm != "none":  # a normalised row does not depend on the cotangent's length; unit length cannot underflow
+            cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         layers = event.attention_gradients(cotangent * rows[:, None])
         per_layer = [self._share(attention, gradient, columns) for attention, gradient in layers.values()]
         return torch.stack(per_layer).mean(0)
