@@ -205,7 +205,7 @@ def _read_telemetry(data: Mapping[str, Any]) -> Telemetry:
 
 
 class RecordWriter:
-    """Appends records to one process' file; each one is on the disk before `append` returns.
+    """Appends records to one process' file; they are on the disk before `append` or `extend` returns.
 
     Opening repairs a torn last line (a run that was killed while writing): the part is cut off, and its sample counts
     as not done.
@@ -230,23 +230,28 @@ class RecordWriter:
             self._file.seek(whole)
 
     def append(self, record: SampleRecord) -> None:
-        """Write one record.
+        """Write one record; as `extend`."""
+        self.extend([record])
+
+    def extend(self, records: Iterable[SampleRecord]) -> None:
+        """Write records, one line each, and wait for the disk once: for samples that were answered together.
 
         Raises
         ------
         DataError
-            If the record cannot be written as JSON, or the disk refuses it; the file then is as before.
+            If a record cannot be written as JSON, or the disk refuses them; the file then is as before.
         """
-        line = record.to_line().encode("ascii") + b"\n"
+        records = list(records)
+        lines = b"".join(record.to_line().encode("ascii") + b"\n" for record in records)
         start = self._file.tell()
         try:
-            if self._file.write(line) != len(line):
+            if self._file.write(lines) != len(lines):
                 raise OSError("the disk took only a part of the line")
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(start)
             self._file.seek(start)
-            raise DataError(f"{self.path}: cannot write sample {record.id!r}: {error}") from error
+            raise DataError(f"{self.path}: cannot write sample {records[0].id!r}: {error}") from error
 
     def close(self) -> None:
         """Close the file."""

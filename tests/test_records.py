@@ -118,6 +118,18 @@ def test_a_torn_last_line_is_dropped_and_repaired(tmp_path: Path, keep: int) -> 
     assert path.read_bytes() == whole
 
 
+def test_records_written_together_are_lines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = write(tmp_path / "one", record("a"), record("b")).read_bytes()
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    with RecordWriter(tmp_path / "two") as writer:
+        writer.extend([record("a"), record("b")])
+        with pytest.raises(DataError):
+            writer.extend([record("c"), record("d", meta={"x": math.nan})])
+    assert writer.path.read_bytes() == one
+    assert len(syncs) == 1
+
+
 def test_a_torn_first_line_is_repaired_too(tmp_path: Path) -> None:
     path = write(tmp_path, record("a"))
     whole = path.read_bytes()
