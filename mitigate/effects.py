@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from mitigate.records import SampleRecord, Telemetry
 
 BUS: Final = "bus"
-"""Telemetry key of what the bus itself counted: ``attention_rows``, ``forwards``, ``tokens``."""
+"""Telemetry key of what the bus itself counted: ``attention_rows``, ``forwards``; `totals` adds ``tokens``."""
 
-EFFECT_COUNTERS: Final = ("rows_edited", "tokens_edited", "steps_edited", "rejections", "fallbacks")
+EFFECT_COUNTERS: Final = ("rows_edited", "tokens_edited", "steps_edited", "tokens_changed", "rejections", "fallbacks")
 """Counters that are above zero only if the model or its output was changed."""
 
 
@@ -33,7 +33,9 @@ class Effect:
         Mean L1 change of an edited attention row, averaged over heads; 0 without edited rows.
     tokens_edited_per_sample
         Positions whose hidden state was written.
-    steps_edited_per_token, rejections_per_token, extra_forwards_per_token, extra_backwards_per_token
+    steps_edited_per_token, tokens_changed_per_token
+        Steps whose logits were changed, and tokens chosen other than plain decoding would have.
+    rejections_per_token, extra_forwards_per_token, extra_backwards_per_token
         Per generated token.
     seconds_per_token
         Time inside the method's handlers.
@@ -45,6 +47,7 @@ class Effect:
     l1_per_row: float
     tokens_edited_per_sample: float
     steps_edited_per_token: float
+    tokens_changed_per_token: float
     rejections_per_token: float
     extra_forwards_per_token: float
     extra_backwards_per_token: float
@@ -53,13 +56,20 @@ class Effect:
 
 
 def totals(records: Sequence[SampleRecord]) -> Telemetry:
-    """Sum the telemetry of all samples: method key (and ``bus``) -> counter -> sum; NaN stays NaN."""
+    """Sum the telemetry of all samples: method key (and ``bus``) -> counter -> sum; NaN stays NaN.
+
+    ``bus`` gets the records' generated ``tokens``, the denominator of everything per token.
+    """
     amounts: dict[str, dict[str, list[float]]] = {}
+    if records:
+        amounts[BUS] = {"tokens": []}
     for record in records:
         for key, counters in record.telemetry.items():
             lists = amounts.setdefault(key, {})
             for name, amount in counters.items():
-                lists.setdefault(name, []).append(amount)
+                if (key, name) != (BUS, "tokens"):
+                    lists.setdefault(name, []).append(amount)
+        amounts[BUS]["tokens"].append(record.tokens)
     return {key: {name: _sum(each) for name, each in sorted(lists.items())} for key, lists in sorted(amounts.items())}
 
 
@@ -110,6 +120,7 @@ def _effect(counters: Mapping[str, float], bus: Mapping[str, float], samples: in
         l1_per_row=per("l1_change", counters.get("rows_edited", 0.0)),
         tokens_edited_per_sample=per("tokens_edited", samples),
         steps_edited_per_token=per("steps_edited", tokens),
+        tokens_changed_per_token=per("tokens_changed", tokens),
         rejections_per_token=per("rejections", tokens),
         extra_forwards_per_token=per("extra_forwards", tokens),
         extra_backwards_per_token=per("extra_backwards", tokens),

@@ -70,13 +70,7 @@ def number(value: Any) -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step: a reader, or a crash, sees the old file or the new one, nothing between.
-
-    Raises
-    ------
-    DataError
-        As `to_json` does.
-    """
+    """Write what `to_json` takes in one step: a reader, or a crash, sees the old file or the new one, no mixture."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

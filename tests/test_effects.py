@@ -24,6 +24,8 @@ BUS = {"attention_rows": 40.0, "forwards": 5.0, "tokens": 5.0}
 
 def test_totals_sum_over_samples_and_keep_methods_that_counted_nothing() -> None:
     summed = totals([record(1, {"a": {"x": 1.5}, "b": {}, "bus": BUS}), record(2, {"a": {"x": 2, "y": 1}, "bus": BUS})])
+    assert totals([]) == {}
+    assert totals([record(1, {})]) == {"bus": {"tokens": 5.0}}
     assert summed == {
         "a": {"x": 3.5, "y": 1.0},
         "b": {},
@@ -50,6 +52,7 @@ def test_effects_are_shares_of_what_there_was() -> None:
         "l1_change": 5.0,
         "tokens_edited": 6.0,
         "rejections": 2.0,
+        "tokens_changed": 5.0,
         "extra_forwards": 4.0,
         "extra_backwards": 10.0,
         "seconds": 1.0,
@@ -61,6 +64,7 @@ def test_effects_are_shares_of_what_there_was() -> None:
     assert effect.l1_per_row == 0.25
     assert effect.tokens_edited_per_sample == 3.0
     assert effect.rejections_per_token == 0.2
+    assert effect.tokens_changed_per_token == 0.5
     assert effect.extra_forwards_per_token == 0.4
     assert effect.extra_backwards_per_token == 1.0
     assert effect.seconds_per_token == 0.1
@@ -75,7 +79,9 @@ def test_a_method_that_changed_nothing_is_idle_and_shows_zeros(counters: dict[st
     assert [getattr(effect, name) for name in (*shown, "rejections_per_token")] == [0.0] * 5
 
 
-@pytest.mark.parametrize("counter", ["rows_edited", "tokens_edited", "steps_edited", "rejections", "fallbacks"])
+@pytest.mark.parametrize(
+    "counter", ["rows_edited", "tokens_edited", "steps_edited", "tokens_changed", "rejections", "fallbacks"]
+)
 def test_every_kind_of_change_ends_idleness(counter: str) -> None:
     assert not effects({"a": {counter: 1.0}, "bus": BUS}, samples=1)["a"].idle
 
