@@ -1,0 +1,421 @@
+"""Training the testbed's model: first to look, then to read, then into the habits it will hallucinate from.
+
+`look` trains the vision tower and the projector on what is in each cell. `read` trains everything on captions and
+questions in a world where objects come almost independently, until the model really reads the picture. `habit` goes
+on with pairs that almost always come together, the tower frozen: this is where the priors come from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import pytorch_lightning as pl
+import torch
+import transformers
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlavaForConditionalGeneration
+
+from mitigate.testbed.batches import EMPTY_CLASS, EMPTY_COLOR, Batch, Packer, training_scenes
+from mitigate.testbed.model import ModelSize, build_model, build_processor, checksum, load, save
+from mitigate.testbed.probe import fit_probe
+from mitigate.testbed.world import THEME_BIAS, TOGETHER, WORLD_SEED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Stage = Literal["look", "read", "habit"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+OBJECT_CLASS_WEIGHT: Final = 1.0
+EMPTY_CLASS_WEIGHT: Final = 0.3
+
+
+@dataclass(frozen=True)
+class TestbedTraining:
+    """Options of `mitigate testbed train`; the defaults are the recipe of the checkpoint that ships.
+
+    Attributes
+    ----------
+    output
+        Folder for logs, training checkpoints and, in ``checkpoint/``, the finished model.
+    seed
+        Seed of weights and of the order of scenes.
+    look_steps, read_steps, habit_steps
+        Optimiser steps of the three stages.
+    look_batch, read_batch, habit_batch
+        Pictures per step.
+    look_lr, read_lr, habit_lr
+        Peak learning rates; warmed up linearly, then cosine down to a twentieth.
+    warmup_steps
+        Steps of warming up, at most a tenth of a stage.
+    questions
+        Yes/no questions per picture.
+    read_together, read_theme_bias
+        Co-occurrence while reading is learnt: probability that partners come together, and of staying in the theme.
+    habit_together, habit_theme_bias
+        The same while habits are formed.
+    caption_weight, answer_weight, presence_weight, dense_weight
+        Weights of the losses on captions, answers, presence at the object word, and what is in each cell.
+    weight_decay
+        AdamW's weight decay.
+    gradient_clip
+        Largest gradient norm.
+    accelerator
+        Lightning accelerator: ``auto``, ``cpu`` or ``gpu``.
+    look_precision, read_precision, habit_precision
+        Lightning precision of each stage, such as ``32-true`` or ``bf16-mixed``.
+    threads
+        CPU threads; 0 leaves torch's choice.
+    save_every
+        Steps between training checkpoints, from which a killed run goes on.
+    snapshot_every
+        Steps between loadable model folders while habits are formed; 0 for none.
+    resume
+        Whether to go on where an earlier run in `output` stopped; else it is an error if there is one.
+    progress
+        Whether to show a progress bar.
+    width, text_layers, vision_layers
+        Sizes of the model, see `ModelSize`.
+    """
+
+    output: str = "runs/testbed"
+    seed: int = 7
+    look_steps: int = 2500
+    read_steps: int = 1200
+    habit_steps: int = 450
+    look_batch: int = 64
+    read_batch: int = 32
+    habit_batch: int = 32
+    look_lr: float = 1.5e-3
+    read_lr: float = 1.0e-3
+    habit_lr: float = 3.0e-4
+    warmup_steps: int = 100
+    questions: int = 6
+    read_together: float = 0.2
+    read_theme_bias: float = 0.25
+    habit_together: float = TOGETHER["train"]
+    habit_theme_bias: float = THEME_BIAS["train"]
+    caption_weight: float = 1.0
+    answer_weight: float = 1.0
+    presence_weight: float = 1.0
+    dense_weight: float = 0.3
+    weight_decay: float = 0.02
+    gradient_clip: float = 1.0
+    accelerator: str = "auto"
+    look_precision: str = "bf16-mixed"
+    read_precision: str = "32-true"
+    habit_precision: str = "32-true"
+    threads: int = 0
+    save_every: int = 200
+    snapshot_every: int = 0
+    resume: bool = True
+    progress: bool = True
+    width: int = 128
+    text_layers: int = 8
+    vision_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("read_together", "read_theme_bias", "habit_together", "habit_theme_bias"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
+        for name in ("look_batch", "read_batch", "habit_batch", "questions", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    def size(self) -> ModelSize:
+        """Sizes of the model to train."""
+        return ModelSize(width=self.width, text_layers=self.text_layers, vision_layers=self.vision_layers)
+
+    def steps(self, stage: Stage) -> int:
+        """Optimiser steps of a stage."""
+        return int(getattr(self, f"{stage}_steps"))
+
+    def batch(self, stage: Stage) -> int:
+        """Pictures per step of a stage."""
+        return int(getattr(self, f"{stage}_batch"))
+
+
+class Heads(nn.Module):
+    """Linear heads that help in training and are thrown away afterwards."""
+
+    LAYERS: Final = (2, 4, 6)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classes = nn.Linear(width, EMPTY_CLASS + 1)
+        self.colors = nn.Linear(width, EMPTY_COLOR + 1)
+        self.presence = nn.ModuleList(nn.Linear(width, 1) for _ in self.LAYERS)
+
+
+class _Steps(IterableDataset[Batch]):
+    """The batches of one stage from a given step on."""
+
+    def __init__(self, config: TestbedTraining, stage: Stage, first: int) -> None:
+        self._config = config
+        self._stage = stage
+        self._first = first
+        size = config.size()
+        self._packer = Packer(build_processor(size), questions=config.questions, patch_size=size.patch_size)
+
+    def __len__(self) -> int:
+        return self._config.steps(self._stage)
+
+    def __iter__(self) -> Iterator[Batch]:
+        config = self._config
+        paired = self._stage == "habit"
+        for step in range(self._first, len(self)):
+            scenes = training_scenes(
+                step,
+                config.batch(self._stage),
+                together=config.habit_together if paired else config.read_together,
+                theme_bias=config.habit_theme_bias if paired else config.read_theme_bias,
+                offset=config.seed * 100_000_000 + STAGES.index(self._stage) * 10_000_000,
+            )
+            yield self._packer.pack(scenes, seed=step, with_text=self._stage != "look")
+
+
+class StageModule(pl.LightningModule):
+    """One stage of the training.
+
+    Parameters
+    ----------
+    model, heads
+        What is trained, in place.
+    config
+        Options of the run.
+    stage
+        Which stage this is.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, heads: Heads, config: TestbedTraining, stage: Stage
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = heads
+        self._config = config
+        self._stage = stage
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches from the step on at which the run stands."""
+        return DataLoader(_Steps(self._config, self._stage, self.global_step), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch to the device that trains."""
+        return batch.to(device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        losses = self.losses(batch)
+        for name, value in losses.items():
+            self.log(name, value.detach(), prog_bar=True)
+        weights = {
+            "dense": 1.0 if self._stage == "look" else self._config.dense_weight,
+            "caption": self._config.caption_weight,
+            "answer": self._config.answer_weight,
+            "presence": self._config.presence_weight,
+        }
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the stage's losses, each a scalar."""
+        features = torch.stack(list(self.model.get_image_features(batch.pixels).pooler_output))
+        losses: dict[str, Tensor] = {}
+        if self._stage != "habit":
+            losses["dense"] = self._dense_loss(features, batch)
+        if self._stage != "look":
+            losses |= self._text_losses(features, batch)
+        return losses
+
+    def _dense_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        weight = torch.full((EMPTY_CLASS + 1,), OBJECT_CLASS_WEIGHT, device=features.device)
+        weight[EMPTY_CLASS] = EMPTY_CLASS_WEIGHT
+        classes = functional.cross_entropy(self.heads.classes(features).flatten(0, 1), batch.classes.flatten(), weight)
+        colors = functional.cross_entropy(self.heads.colors(features).flatten(0, 1), batch.colors.flatten())
+        return classes + 0.5 * colors
+
+    def _text_losses(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        embeddings = self.model.get_input_embeddings()(batch.ids)
+        is_picture = (batch.ids == self.model.config.image_token_id).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(is_picture, features.to(embeddings.dtype))
+        output = self.model.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        losses: dict[str, Tensor] = {}
+        for name, targets in (("caption", batch.caption_targets), ("answer", batch.answer_targets)):
+            counted = targets != -100
+            logits = self.model.lm_head(output.last_hidden_state[counted])
+            losses[name] = functional.cross_entropy(logits.float(), targets[counted])
+        asked = ~batch.presence.isnan()
+        losses["presence"] = torch.stack(
+            [
+                functional.binary_cross_entropy_with_logits(
+                    head(output.hidden_states[layer][asked]).squeeze(-1).float(), batch.presence[asked]
+                )
+                for layer, head in zip(Heads.LAYERS, self.heads.presence, strict=True)
+                if layer < len(output.hidden_states)
+            ]
+        ).mean()
+        return losses
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """AdamW with warm-up and cosine; what a stage leaves alone is frozen."""
+        inner = self.model.model
+        frozen: list[nn.Module] = {
+            "look": [inner.language_model, self.model.lm_head],
+            "read": [],
+            "habit": [inner.vision_tower, inner.multi_modal_projector],
+        }[self._stage]
+        for module in (self.model, self.heads):
+            module.requires_grad_(True)
+        for module in frozen:
+            module.requires_grad_(False)
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        peak = float(getattr(self._config, f"{self._stage}_lr"))
+        optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=self._config.weight_decay)
+        total = self._config.steps(self._stage)
+        warmup = max(1, min(self._config.warmup_steps, total // 10))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step - warmup) / max(1, total - warmup)
+            return 0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class _Snapshots(pl.Callback):
+    """Writes loadable model folders while a stage runs."""
+
+    config: TestbedTraining
+    folder: Path
+    every: int
+    written: list[Path] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Write a folder whenever enough steps have passed."""
+        if trainer.global_step % self.every == 0 and isinstance(pl_module, StageModule):
+            path = self.folder / f"step-{trainer.global_step}"
+            self.written.append(save(pl_module.model, path, size=self.config.size(), recipe=recipe(self.config)))
+
+
+def recipe(config: TestbedTraining) -> dict[str, Any]:
+    """Tell what has to be known to train the same model again; where it was written to is left out."""
+    options = {name: value for name, value in asdict(config).items() if name not in ("output", "progress", "resume")}
+    return {
+        "recipe": options,
+        "world_seed": WORLD_SEED,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pytorch_lightning": pl.__version__,
+        },
+    }
+
+
+def _run_stage(module: StageModule, config: TestbedTraining, stage: Stage, folder: Path) -> None:
+    callbacks: list[pl.Callback] = [
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="last",
+            every_n_train_steps=config.save_every,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+    ]
+    if config.snapshot_every and stage == "habit":
+        callbacks.append(_Snapshots(config, folder, config.snapshot_every))
+    trainer = pl.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        precision=getattr(config, f"{stage}_precision"),
+        max_steps=config.steps(stage),
+        max_epochs=1,
+        gradient_clip_val=config.gradient_clip,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=config.progress,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    last = folder / "last.ckpt"
+    module.train()
+    trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
+
+
+def train(config: TestbedTraining) -> Path:
+    """Train the testbed's model.
+
+    A run that was killed goes on from its last training checkpoint when it is started again with the same options.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+
+    Returns
+    -------
+    Path
+        Folder of the finished checkpoint, ``<output>/checkpoint``.
+
+    Raises
+    ------
+    FileExistsError
+        If `output` holds a run with other options, or any run while `resume` is off.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    _claim(output, config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # Denormal numbers cost several times the time on CPUs and carry nothing.
+    torch.set_flush_denormal(True)
+    pl.seed_everything(config.seed, verbose=False)
+    model = build_model(config.size(), seed=config.seed)
+    module_state = {"model": model, "heads": Heads(config.width)}
+    state = nn.ModuleDict(module_state)
+    for stage in STAGES:
+        finished = output / f"{stage}.safetensors"
+        if finished.is_file():
+            state.load_state_dict(load_file(finished))
+            continue
+        module = StageModule(model, module_state["heads"], config, stage)  # type: ignore[arg-type]
+        _run_stage(module, config, stage, output / stage)
+        save_file({name: weight.detach().cpu().clone() for name, weight in state.state_dict().items()}, finished)
+    return finish(model.cpu(), output / "checkpoint", config)
+
+
+def finish(model: LlavaForConditionalGeneration, folder: Path, config: TestbedTraining) -> Path:
+    """Save a trained model with its recipe, and the probe fitted on the weights as saved."""
+    save(model, folder, size=config.size(), recipe=recipe(config))
+    saved, processor = load(folder)
+    fit_probe(saved, processor, model_sha256=checksum(folder / "model.safetensors")).save(folder)
+    return folder
+
+
+def _claim(output: Path, config: TestbedTraining) -> None:
+    """Write the options into the folder, or check that they are those of the run it holds."""
+    record = output / "options.json"
+    wanted = json.dumps(recipe(config)["recipe"], indent=2, sort_keys=True)
+    if record.is_file():
+        if not config.resume:
+            raise FileExistsError(f"{output} holds a training run; set resume=true to go on with it, or another output")
+        if record.read_text(encoding="utf-8") != wanted:
+            raise FileExistsError(f"{output} holds a training run with other options; choose another output")
+    record.write_text(wanted, encoding="utf-8")
