@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mitigate.core.facts import ModelFacts
 from mitigate.core.layout import ImageSpan, Role, TokenLayout
-from mitigate.errors import LayoutError
+from mitigate.errors import LayoutError, UnsupportedModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +69,9 @@ class Adapter(ABC):
             If the tokens do not fit the model's image geometry.
         """
 
-    def layout(self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> TokenLayout:
+    def layout(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]
+    ) -> TokenLayout:
         """Derive the roles of a batch of prompts.
 
         Parameters
@@ -89,7 +91,9 @@ class Adapter(ABC):
         if mask is None:
             mask = torch.ones_like(ids)
         if mask.shape != ids.shape:
-            raise LayoutError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} (batch, prompt)")
+            raise LayoutError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} (batch, prompt)"
+            )
         if not bool(mask[:, -1].all()):
             raise LayoutError("prompts are padded on the right; set processor.tokenizer.padding_side = 'left'")
         roles = torch.where(mask.bool(), int(Role.PROMPT), int(Role.PAD)).to(torch.int8)
@@ -102,9 +106,7 @@ class Adapter(ABC):
                 first = int(image_tokens[index].int().argmax())
                 before = torch.arange(ids.shape[1], device=ids.device) < first
                 roles[index, before & mask[index].bool()] = int(Role.SYSTEM)
-            rows.append(
-                tuple(ImageSpan(span.image + count, span.positions, span.grid, span.stop) for span in spans)
-            )
+            rows.append(tuple(ImageSpan(span.image + count, span.positions, span.grid, span.stop) for span in spans))
             count += len(spans)
         roles[image_tokens] = int(Role.IMAGE)
         return TokenLayout(roles, tuple(rows), ids.shape[1])
@@ -112,11 +114,18 @@ class Adapter(ABC):
     def whole_prompt(self, inputs: Mapping[str, Any], request: Request) -> dict[str, Any]:
         """Turn the inputs of the first forward into those of a cacheless pass over the whole prompt.
 
-        The first forward may cover a part of the prompt only (chunked or split prefill); images are not encoded again
+        The first forward may lack the prompt's last token (split prefill); images are not encoded again
         when ``generate`` has encoded them already.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the prompt arrives in chunks: then so do its images.
         """
         layout = request.layout
         length = layout.prompt_length
+        if inputs["input_ids"].shape[1] < length - 1:
+            raise UnsupportedModel("a diagnostic pass needs the whole prompt at once; leave prefill_chunk_size unset")
         mask = layout.valid[:, :length].long()
         dropped = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "labels"}
         kept = {name: value for name, value in inputs.items() if name not in dropped}
@@ -133,7 +142,11 @@ class Adapter(ABC):
     # ----------------------------------------------------------------------------------------------------- the inputs
 
     def inputs(
-        self, model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Sequence[Image]]
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image]],
     ) -> BatchFeature:
         """Make the model inputs of a batch: chat template, left padding, tensors on the model's device.
 
@@ -179,4 +192,3 @@ def equal_spans(row: Tensor, image_token: int, size: int, family: str) -> Iterab
             )
         for first in range(start, stop, size):
             yield first, first + size
-

@@ -60,7 +60,8 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             f"no adapter for model type {family!r}; known: {', '.join(known.names())}."
             " An outside package can bring one through the entry-point group 'mitigate.models'"
         )
-    return known.get(family)()
+    adapter: Adapter = known.get(family)()
+    return adapter
 
 
 def load_model(
@@ -105,7 +106,9 @@ def load_model(
         processor = AutoProcessor.from_pretrained(folder, **common)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
-        raise DataError(f"cannot load model {path!r}: {first} (a local folder needs config.json and safetensors)") from error
+        raise DataError(
+            f"cannot load model {path!r}: {first} (a local folder needs config.json and safetensors)"
+        ) from error
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"{path!r} is no vision-language model transformers can load: {first}") from error

@@ -13,8 +13,8 @@ from mitigate.core.points import (
     Phase,
     Point,
     Rows,
-    SelectToken,
     Selection,
+    SelectToken,
     Subscription,
     VisualEmbeddings,
 )

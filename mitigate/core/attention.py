@@ -1,7 +1,7 @@
 """The project's attention function: transformers' SDPA, plus exact rows where a method reads or writes attention.
 
-Registered once under the project's own name together with its mask function: without the mask function transformers would
-silently build no causal mask at all for our name.
+Registered once under the project's own name together with its mask function: without the mask function transformers
+would silently build no causal mask at all for our name.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, mitigate_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     if ATTENTION_NAME not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
-        raise UnsupportedModel("this transformers version did not register the mask function; the causal mask would be lost")
+        raise UnsupportedModel(
+            "this transformers version did not register the mask function; the causal mask would be lost"
+        )
 
 
 def fused(
@@ -80,7 +82,9 @@ def refuse_unserved(layer: int, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedModel` for a layer whose attention has terms the exact rows would miss."""
     for name in _UNSERVED:
         if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"layer {layer} uses attention argument {name!r}, which attention points do not serve")
+            raise UnsupportedModel(
+                f"layer {layer} uses attention argument {name!r}, which attention points do not serve"
+            )
 
 
 def row_scores(

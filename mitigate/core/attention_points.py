@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class AttentionPoints:
     """Runs the attention of one decoder for a bus.
 
-    Layers, phases and rows nobody asked for go through fused attention untouched. Rows that are asked for are recomputed
-    exactly, handed to the methods in stack order (scores before weights), and put back if somebody changed them.
+    Layers, phases and rows nobody asked for go through fused attention untouched. Rows that are asked for are
+    recomputed exactly, handed to the methods in stack order (scores before weights), and put back if changed.
     """
 
     def __init__(self, bus: HookBus, modules: Sequence[nn.Module]) -> None:
@@ -75,10 +75,7 @@ class AttentionPoints:
         matrix: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the handlers over the rows; return the final weights ``[B, H, R, K]`` and the edited rows ``[B, R]``."""
-        positions = local + frame.start
-        common: dict[str, Any] = dict(
-            phase=frame.phase, step=frame.step, branch=frame.branch, request=request, layer=layer, rows=positions
-        )
+        common = {**frame.event(request), "layer": layer, "rows": local + frame.start}
         edited: Tensor | None = None
         softmaxed = False
         for item, selection in asked:
@@ -148,7 +145,8 @@ def _union(selections: Sequence[RowSelection]) -> Tensor:
     first = selections[0][0]
     if all(local is first for local, _ in selections):
         return first
-    return torch.cat([local for local, _ in selections]).unique()
+    joined: Tensor = torch.unique(torch.cat([local for local, _ in selections]))
+    return joined
 
 
 def _spread(selection: RowSelection, local: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from mitigate.core.points import (
     NextTokenLogits,
     Phase,
     Point,
-    SelectToken,
     Selection,
+    SelectToken,
     VisualEmbeddings,
 )
 from mitigate.core.request import Frame, Request
@@ -66,6 +66,7 @@ class HookBus:
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))
         self._diagnosing = False
+        self._model_error: Exception | None = None
         self._prefill_inputs: dict[str, Any] = {}
 
     def subscriptions(self, point: Point, layer: int | None = None) -> list[BoundSubscription]:
@@ -151,6 +152,8 @@ class HookBus:
         except (MitigateError, _Enough):
             raise
         except Exception as error:
+            if error is self._model_error:  # raised by the model in a pass the method asked for
+                raise
             layer = getattr(event, "layer", None)
             where = f"{f'layer {layer}, ' if layer is not None else ''}phase {event.phase}, step {event.step}"
             raise HookError(f"{item.key}.{item.handler.__name__} failed at {where}: {error!r}") from error
@@ -167,18 +170,21 @@ class HookBus:
             raise LayoutError("inputs_embeds without input_ids: token roles cannot be known; pass input_ids")
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if past == 0 and (self.request is None or not self.request.generating):
+        single = self.request is None or not self.request.generating
+        if single and past == 0:
             self.begin(self.new_request(ids, kwargs.get("attention_mask"), kwargs))
         request = self.request
-        if request is None or (not request.generating and past != request.layout.length):
-            raise LayoutError("a cached forward that does not continue a prompt run under this stack; run the prompt first")
+        if request is None or (single and past not in (0, request.layout.length)):
+            raise LayoutError(
+                "a cached forward that does not continue a prompt run under this stack; run the prompt first"
+            )
         if ids.shape[0] != request.layout.rows:
             request.expand(ids.shape[0])
         frame = request.advance(past, past + ids.shape[1], ids[:, -1])
         frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
         if not request.began:
             request.began = True
-            self._prefill_inputs = kwargs
+            self._prefill_inputs = {**kwargs, "input_ids": ids}
             self._lifecycle(Point.SAMPLE_BEGIN)
             self._prefill_inputs = {}
         self._lifecycle(Point.STEP_BEGIN)
@@ -203,9 +209,7 @@ class HookBus:
 
     def _edit_logits(self, item: BoundSubscription, request: Request, frame: Frame, output: Any) -> None:
         last, active = output.logits[:, -1], ~request.finished
-        event = NextTokenLogits(
-            phase=frame.phase, step=frame.step, branch=frame.branch, request=request, logits=last
-        )
+        event = NextTokenLogits(**frame.event(request), logits=last)
         edited = self.call(item, event)
         if edited is not None:
             edited = torch.where(active[:, None], edited.to(last.dtype), last)
@@ -230,6 +234,9 @@ class HookBus:
                 self.model(**inputs)
         except _Enough:
             state.count("extra_forwards", 1.0)
+        except Exception as error:
+            self._model_error = error
+            raise
         finally:
             stop.remove()
             self._diagnosing, request.frame = False, outer
@@ -254,10 +261,7 @@ class HookBus:
     def _edit_hidden(self, item: BoundSubscription, layer: int, frame: Frame, hidden: Tensor) -> Tensor:
         request = self._running()
         event = HiddenStates(
-            phase=frame.phase,
-            step=frame.step,
-            branch=frame.branch,
-            request=request,
+            **frame.event(request),
             layer=layer,
             hidden=hidden,
             start=frame.start,
@@ -295,14 +299,10 @@ class HookBus:
         frame = cast(Frame, request.frame)
         for item in self.subscriptions(Point.SELECT_TOKEN):
             event = SelectToken(
-                phase=frame.phase,
-                step=frame.step,
-                branch="main",
-                request=request,
+                **frame.event(request),
                 logits=logits,
                 scores=scores,
                 active=~request.finished,
             )
             return cast("Selection | None", self.call(item, event))
         return None
-

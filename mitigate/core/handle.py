@@ -82,7 +82,9 @@ class Handle:
     def plain_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Serve ``model.generate`` called directly while the stack is attached."""
         if self.stack.selects_token:
-            raise StackConflict("the stack selects tokens, which model.generate cannot do; call handle.generate instead")
+            raise StackConflict(
+                "the stack selects tokens, which model.generate cannot do; call handle.generate instead"
+            )
         if args:
             kwargs["input_ids"] = args[0]
             if len(args) > 1:

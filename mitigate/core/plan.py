@@ -100,7 +100,9 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
     if subscription.access is Access.GRADIENT and not method.tags.gradient:
         raise PluginError(f"{key} asks for gradients but its tags do not say so: set tags.gradient")
     if (point in LAYER_POINTS) != bool(subscription.layers):
-        raise PluginError(f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers")
+        raise PluginError(
+            f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers"
+        )
     outside = [layer for layer in subscription.layers if not 0 <= layer < facts.layers]
     if outside:
         raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the decoder has layers 0-{facts.layers - 1}")

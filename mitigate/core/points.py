@@ -1,6 +1,7 @@
 """Intervention points, subscriptions and the events handlers receive: the only place where shapes are written.
 
-Shapes: B request rows, H query heads, R rows asked for, K keys, D width, V vocabulary, L columns of the padded sequence.
+Shapes: B request rows, H query heads, R rows asked for, K keys, D width, V vocabulary, L columns of the padded
+sequence.
 Positions are columns of the left-padded sequence, so a key index of the cache is a position.
 """
 
@@ -55,8 +56,8 @@ class Phase(StrEnum):
 class Rows(StrEnum):
     """Which query rows of a forward a subscription asks for.
 
-    ``last``: the last row, which predicts the next token. ``predictors``: every row that predicts a generated token: the
-    last prompt row and all generated ones (with a cache the same single row; without one, all of them).
+    ``last``: the last row, which predicts the next token. ``predictors``: every row that predicts a generated token:
+    the last prompt row and all generated ones (with a cache the same single row; without one, all of them).
     """
 
     LAST = "last"

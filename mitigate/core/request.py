@@ -46,6 +46,10 @@ class Frame:
     selections: dict[Any, RowSelection | None] = field(default_factory=dict)
     tape: dict[int, Tensor] = field(default_factory=dict)
 
+    def event(self, request: Request) -> dict[str, Any]:
+        """Return what every event of this forward says, as keyword arguments."""
+        return {"phase": self.phase, "step": self.step, "branch": self.branch, "request": request}
+
 
 class Request:
     """A running generation of B samples.

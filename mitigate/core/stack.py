@@ -46,7 +46,9 @@ class Stack:
             self.methods = {}
             for method in methods:
                 if not isinstance(method, Method):
-                    raise ConfigError(f"a stack takes methods, not {method!r}; write Stack([LocoRE(beta=0.15)]) with instances")
+                    raise ConfigError(
+                        f"a stack takes methods, not {method!r}; write Stack([LocoRE(beta=0.15)]) with instances"
+                    )
                 copies = sum(other.name == method.name for other in self.methods.values())
                 self.methods[method.name + (f"_{copies + 1}" if copies else "")] = method
 
@@ -100,7 +102,9 @@ class Stack:
         from mitigate.core.handle import Handle
 
         if model in _ATTACHED:
-            raise StackConflict("the model already carries a stack; put the methods into one Stack, in the order they act")
+            raise StackConflict(
+                "the model already carries a stack; put the methods into one Stack, in the order they act"
+            )
         with ExitStack() as undo:
             handle = Handle(self, model, processor)
             undo.callback(setattr, handle, "attached", False)

@@ -1,8 +1,8 @@
-"""One-token-at-a-time decoding in which a method may choose the token; entered through ``generate(custom_generate=...)``.
+"""Token-by-token decoding in which a method may choose the token; entered by ``generate(custom_generate=...)``.
 
-transformers prepares inputs, cache, logits processors and stopping criteria as for its own loop; this loop differs in two
-things: the stack may select the token, and where a method needs gradients every predicting forward is a one-token graph
-over a detached cache.
+transformers prepares inputs, cache, logits processors and stopping criteria as for its own loop; this loop differs in
+two things: the stack may select the token, and where a method needs gradients every predicting forward is a one-token
+graph over a detached cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 #: Inputs of a forward that have one entry per token.
 _PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
 #: Inputs of a forward that belong to the pictures and were consumed with the first tokens.
-_PICTURES = ("pixel_values", "mm_encoder_outputs", "image_sizes", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+_PICTURES = (
+    "pixel_values",
+    "mm_encoder_outputs",
+    "image_sizes",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+)
 
 
 def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +83,8 @@ def decode(
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generate ``[B, P + T]`` token ids; the signature is transformers' for a custom loop.
 
-    Where the stack leaves the choice to plain decoding, tokens are those of transformers' own greedy search or sampling.
+    Where the stack leaves the choice to plain decoding, tokens are those of transformers' own greedy search or
+    sampling.
     """
     request = bus.request
     if request is None:
@@ -84,7 +92,7 @@ def decode(
     if token_streamer is not None:
         token_streamer.put(input_ids.cpu())
     gradient = bool(bus.gradient_layers)
-    pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
+    pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     kept_scores: list[Tensor] = []
@@ -105,7 +113,7 @@ def decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         if token_streamer is not None:
             token_streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)  # type: ignore[arg-type]
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
         request.finished = ~unfinished
         if not bool(unfinished.any()):
             break
@@ -168,10 +176,7 @@ def _choose(bus: HookBus, logits: Tensor, scores: Tensor, do_sample: bool) -> Te
     selection = bus.select_token(logits, scores)
     if selection is not None and bool(selection.chosen.all()):
         return selection.token.to(scores.device)
-    if do_sample:
-        plain = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-    else:
-        plain = scores.argmax(-1)
+    plain = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if do_sample else scores.argmax(-1)
     if selection is None:
         return plain
     return torch.where(selection.chosen.to(plain.device), selection.token.to(plain.device), plain)

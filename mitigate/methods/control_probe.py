@@ -47,9 +47,7 @@ class ControlProbe(Method):
     name: ClassVar[str] = "control_probe"
     summary: ClassVar[str] = "positive control: a probe on the visual tokens corrects the logits of object words"
     fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
-    tags: ClassVar[Tags] = Tags(
-        reads=frozenset({Point.VISUAL_EMBEDDINGS}), writes=frozenset({Point.NEXT_TOKEN_LOGITS})
-    )
+    tags: ClassVar[Tags] = Tags(reads=frozenset({Point.VISUAL_EMBEDDINGS}), writes=frozenset({Point.NEXT_TOKEN_LOGITS}))
 
     scale: float = 0.5
 

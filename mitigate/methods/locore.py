@@ -32,13 +32,13 @@ _SCORE_MODES = ("logit_bias", "logit_scale")
 class LocoRE(Method):
     """Local Coherence Reinforcement: a gain on the attention to the last few tokens of the text.
 
-    Hallucinations are said to begin where a token stops depending on what was written just before it. LocoRE multiplies
-    the attention of the row that predicts the next token by ``1 + beta`` on the ``window`` keys before it (Eq. 8-10,
-    Algorithm 2), in every head.
+    Hallucinations are said to begin where a token stops depending on what was written just before it. LocoRE
+    multiplies the attention of the row that predicts the next token by ``1 + beta`` on the ``window`` keys before it
+    (Eq. 8-10, Algorithm 2), in every head.
 
     Paper: arXiv 2601.20279, Eq. 8-10 and Algorithm 2. No code was released; the window size and the layers are given
-    nowhere, so no run reproduces the paper's numbers. Placement is contradictory in the paper (weights in the equations,
-    "used in the softmax" in the prose): hence `mode`.
+    nowhere, so no run reproduces the paper's numbers. The paper contradicts itself on the place of the gain (weights in
+    the equations, "used in the softmax" in the prose): hence `mode`.
 
     Parameters
     ----------
@@ -50,8 +50,8 @@ class LocoRE(Method):
         Decoder layers; ``all``, ``9-14``, ``0.25-0.5``. Algorithm 2 names none.
     mode
         ``post_raw`` scales weights without renormalising (Algorithm 2 to the letter); ``post_renorm`` renormalises;
-        ``logit_bias`` adds log(1 + beta) to the scores, which is the same as ``post_renorm``; ``logit_scale`` multiplies
-        the scores (a negative score moves away).
+        ``logit_bias`` adds log(1 + beta) to the scores, which is the same as ``post_renorm``; ``logit_scale``
+        multiplies the scores (a negative score moves away).
     history_start
         First key that counts as output: ``after_image`` (Algorithm 1: everything after the picture, question included)
         or ``generated``.
@@ -109,7 +109,11 @@ class LocoRE(Method):
         if self.beta == 0.0:
             return None
         scores = event.scores
-        moved = scores * (1.0 + self.beta) if self.mode == "logit_scale" else scores + torch.log1p(scores.new_tensor(self.beta))
+        moved = (
+            scores * (1.0 + self.beta)
+            if self.mode == "logit_scale"
+            else scores + torch.log1p(scores.new_tensor(self.beta))
+        )
         return torch.where(self._window(event, scores), moved, scores)
 
     def _window(self, event: AttentionProbs | AttentionScores, matrix: Tensor) -> Tensor:

@@ -72,10 +72,11 @@ class SCR(Method):
     k_src
         Number of sources per image, at most the number of interior patches. Paper: 32, whatever the grid.
     layers
-        Blocks whose output is edited. Paper: 0-11 for LLaVA-1.5-7B, others by table. ``auto``: the first 3/8 of the depth
-        (the same share), not from the paper.
+        Blocks whose output is edited. Paper: 0-11 for LLaVA-1.5-7B, others by table. ``auto``: the first 3/8 of the
+        depth (the same share), not from the paper.
     diagnostic_layers
-        Layers whose attention ranks the patches. Paper: 8-16 for every model; the default is the same share of the depth.
+        Layers whose attention ranks the patches. Paper: 8-16 for every model; the default is the same share of the
+        depth.
     text_queries
         Rows that vote: ``after_image`` (all text after the image) or ``last`` (the last prompt token).
     ownership
@@ -182,9 +183,15 @@ class SCR(Method):
                 owner += [place[patch] for patch in owners.values()]
         if sources:
             touched = [column for _, column in sources + owned]
-            index = [torch.tensor(value, device=event.layout.roles.device) for value in (sources, owned, owner)]
-            state.edit = Edit(*index, span=(min(touched), max(touched)))
-            state.count("sources", torch.bincount(index[0][:, 0], minlength=event.layout.rows))
+            device = event.layout.roles.device
+            places = torch.tensor(sources, device=device)
+            state.edit = Edit(
+                sources=places,
+                owned=torch.tensor(owned, device=device).view(-1, 2),
+                owner=torch.tensor(owner, device=device, dtype=torch.long),
+                span=(min(touched), max(touched)),
+            )
+            state.count("sources", torch.bincount(places[:, 0], minlength=event.layout.rows))
 
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> None:
         """Sum A[h, t, v_i] over heads and voting text rows t, layer by layer (the mean has the same ranking)."""
@@ -197,9 +204,7 @@ class SCR(Method):
                 votes = event.probs[row][:, voters][:, :, span.positions].double().mean((0, 1))
                 state.attention[row, span.image] = state.attention.get((row, span.image), 0.0) + votes
 
-    def _choose(
-        self, event: Event, state: MethodState, row: int, span: ImageSpan
-    ) -> tuple[list[int], dict[int, int]]:
+    def _choose(self, event: Event, state: MethodState, row: int, span: ImageSpan) -> tuple[list[int], dict[int, int]]:
         """Choose sources and owners on one image; none when no text follows it or its grid has no interior."""
         if span.grid is None:
             raise UnsupportedModel(f"{self.name} needs image tokens that form a grid")

@@ -52,13 +52,14 @@ class Draw:
 class SGRS(Method):
     """Saliency-Guided Rejection Sampling: rejects candidates that the text so far does not support.
 
-    The saliency S(c) of a candidate is the share of |attention x gradient| that falls on what was written before, in the
-    row that predicts it (Eq. 2-6). A drawn candidate is accepted if S(c) reaches ``alpha`` times the mean of the last
-    accepted scores; after ``max_resample`` rejections the most salient candidate is taken (Algorithm 1).
+    The saliency S(c) of a candidate is the share of |attention x gradient| that falls on what was written before, in
+    the row that predicts it (Eq. 2-6). A drawn candidate is accepted if S(c) reaches ``alpha`` times the mean of the
+    last accepted scores; after ``max_resample`` rejections the most salient candidate is taken (Algorithm 1).
 
     Paper: arXiv 2601.20279, Eq. 1-6 and Algorithm 1. ``top_k``, ``max_resample``, ``window`` and the layers are the
     official code's. That code reads the saliency in the candidate's own row, where by causality it is zero; here it is
-    the row that predicts the candidate, as Eq. 6 has it. ``query_row="candidate"`` keeps the zero as a negative control.
+    the row that predicts the candidate, as Eq. 6 has it. ``query_row="candidate"`` keeps the zero as a negative
+    control.
 
     Parameters
     ----------
@@ -134,7 +135,7 @@ class SGRS(Method):
     query_row: str = "predictor"
 
     def __post_init__(self) -> None:
-        self.require(0.0 <= self.alpha, "alpha", "not be negative")
+        self.require(self.alpha >= 0.0, "alpha", "not be negative")
         for parameter in ("top_k", "max_resample", "window"):
             self.require(getattr(self, parameter) >= 1, parameter, "be at least 1")
         self.require_option("history_start", ("after_image", "generated"))
@@ -157,7 +158,9 @@ class SGRS(Method):
                 rows=Rows.LAST,
                 where="predicting row x earlier text",
             ),
-            Subscription(point=Point.SELECT_TOKEN, access=Access.WRITE, where=f"among the {self.top_k} most probable tokens"),
+            Subscription(
+                point=Point.SELECT_TOKEN, access=Access.WRITE, where=f"among the {self.top_k} most probable tokens"
+            ),
         ]
 
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> None:
@@ -171,7 +174,12 @@ class SGRS(Method):
             state.history = [[] for _ in range(event.layout.rows)]
         probs = event.logits.softmax(-1)
         top = probs.topk(min(self.top_k, probs.shape[-1]), dim=-1)
-        draw = Draw(top.indices, top.values, torch.ones_like(top.indices, dtype=torch.bool), torch.full_like(top.values, torch.nan))
+        draw = Draw(
+            top.indices,
+            top.values,
+            torch.ones_like(top.indices, dtype=torch.bool),
+            torch.full_like(top.values, torch.nan),
+        )
         columns = self._earlier_text(event)
         scored = event.active & columns.any(-1)
         state.count("steps", 1.0, event.active)
@@ -227,7 +235,7 @@ class SGRS(Method):
         return best
 
     def _threshold(self, state: MethodState, event: SelectToken) -> Tensor:
-        """tau = alpha x mean of the last ``window`` scores; 0 while there are none. ``[B]``."""
+        """Tau = alpha x mean of the last ``window`` scores; 0 while there are none. ``[B]``."""
         recent = [scores[-self.window :] for scores in state.history]
         means = [sum(scores) / len(scores) if scores else 0.0 for scores in recent]
         return self.alpha * torch.tensor(means, device=event.logits.device, dtype=torch.float32)
@@ -262,7 +270,9 @@ class SGRS(Method):
         token = draw.tokens.gather(1, place[:, None])[:, 0]
         saliency = self._saliency(event, token, rows, columns)
         if bool(saliency[rows].isnan().any()):
-            raise HookError(f"{self.name}: saliency is not a number at step {event.step}; the model's logits are not finite")
+            raise HookError(
+                f"{self.name}: saliency is not a number at step {event.step}; the model's logits are not finite"
+            )
         if self.query_row == "predictor":
             state.count("extra_backwards", 1.0, rows)
         filled = torch.where(rows, saliency, draw.saliency.gather(1, place[:, None])[:, 0])
@@ -276,11 +286,12 @@ class SGRS(Method):
         # d(-log p_c)/d(logits) = p - e_c, where p_c - 1 is minus the sum of the others: no cancellation as p_c -> 1
         others = event.logits.softmax(-1).scatter(1, token[:, None], 0.0)
         cotangent = others.scatter(1, token[:, None], -others.sum(-1, keepdim=True))
-        if self.norm != "none":  # a normalised row does not depend on the cotangent's length; unit length cannot underflow
+        if self.norm != "none":  # a normalised row ignores the cotangent's length, and unit length cannot underflow
             cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         layers = event.attention_gradients(cotangent * rows[:, None])
         per_layer = [self._share(attention, gradient, columns) for attention, gradient in layers.values()]
-        return torch.stack(per_layer).mean(0)
+        mean: Tensor = torch.stack(per_layer).mean(0)
+        return mean
 
     def _share(self, attention: Tensor, gradient: Tensor, columns: Tensor) -> Tensor:
         """One layer's part of Eq. 6: ``[B, H, K]`` attention and gradient to ``[B]``."""
@@ -294,7 +305,8 @@ class SGRS(Method):
         else:
             size = torch.ones_like(row[:, 0])
         total = (row / (size + torch.finfo(torch.float32).tiny)[:, None] * columns).sum(-1)  # Eq. 5
-        return total / columns.sum(-1).clamp_min(1) if self.reduce == "mean" else total
+        share: Tensor = total / columns.sum(-1).clamp_min(1) if self.reduce == "mean" else total
+        return share
 
     @classmethod
     def identity(cls) -> Self:

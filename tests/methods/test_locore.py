@@ -49,7 +49,15 @@ def test_equals_naive_full_sequence(mode, history, layers, seed):
     chosen = range(6) if layers == "all" else range(1, 4)
     for row, sample in enumerate(split_rows(inputs, 6)):
         tokens, logits = naive_locore.generate(
-            model, **sample, beta=0.8, window=3, mode=mode, history_start=history, layers=chosen, max_new_tokens=7, eos=(EOS,)
+            model,
+            **sample,
+            beta=0.8,
+            window=3,
+            mode=mode,
+            history_start=history,
+            layers=chosen,
+            max_new_tokens=7,
+            eos=(EOS,),
         )
         assert fresh[row, : len(tokens)].tolist() == tokens
         ours = torch.stack(out.logits, 1)[row, : len(tokens)]

@@ -62,12 +62,13 @@ def test_equals_naive_full_sequence(proposal, history, norm, reduce, locore):
     for seed in (0, 1):
         model = tiny_llava(seed=seed)
         inputs = make_inputs(model, PROMPTS, seed=seed)
-        values = dict(alpha=0.95, proposal=proposal, history_start=history, norm=norm, reduce=reduce, window=4)
+        values = {"alpha": 0.95, "window": 4, "proposal": proposal, "norm": norm, "reduce": reduce}
+        values["history_start"] = history
         method = Recorded(**values, **LAYERS)
         method.log.clear()
         stack = [method] if locore is None else [LocoRE(beta=0.7, window=3, mode=locore), method]
         tokens, telemetry = generate(model, stack, inputs, seed=seed)
-        gain = locore and dict(beta=0.7, window=3, mode=locore, layers=range(6), history_start="after_image")
+        gain = locore and {"beta": 0.7, "window": 3, "mode": locore, "layers": range(6), "history_start": "after_image"}
         for row, sample in enumerate(split_rows(inputs, 6)):
             draws = uniforms(seed, str(row)) if proposal == "sample" else None
             expected, trace = naive_sgrs.generate(
@@ -124,7 +125,7 @@ def test_first_token_of_generated_history_is_greedy(model):
 def test_image_at_the_end_of_the_prompt(model):
     """No text after the picture: no earlier text exists at first, and the prompt's last token is an image token."""
     inputs = make_inputs(model, [(4, 1, 0), (6, 1, 0)], seed=3)
-    values = dict(alpha=0.95, proposal="greedy_order", window=4, top_k=5, max_resample=3)
+    values = {"alpha": 0.95, "proposal": "greedy_order", "window": 4, "top_k": 5, "max_resample": 3}
     tokens, _ = generate(model, [SGRS(**values, include_diagonal=False, **LAYERS)], inputs)
     for row, sample in enumerate(split_rows(inputs, 6)):
         expected, trace = naive_sgrs.generate(
@@ -151,7 +152,9 @@ def test_nothing_of_the_graph_survives(model):
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with Stack([SGRS(**LAYERS)]).attach(model) as handle:
-        out = handle.generate(**inputs, max_new_tokens=5, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True)
+        out = handle.generate(
+            **inputs, max_new_tokens=5, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True
+        )
         flags = [(layer.keys.requires_grad, layer.values.requires_grad) for layer in out.past_key_values.layers]
         assert flags == [(False, False)] * 6
         assert handle.bus.last_request.frame.tape == {}
@@ -193,7 +196,8 @@ def test_plain_generate_names_the_remedy(model):
 
 
 @pytest.mark.parametrize(
-    "values", [{"alpha": -0.1}, {"top_k": 0}, {"norm": "l2"}, {"proposal": "beam"}, *({n: "x"} for n in ("reduce", "exempt"))]
+    "values",
+    [{"alpha": -0.1}, {"top_k": 0}, {"norm": "l2"}, {"proposal": "beam"}, *({n: "x"} for n in ("reduce", "exempt"))],
 )
 def test_bad_values_name_the_parameter(values):
     with pytest.raises(ConfigError, match=f"methods.sgrs.{next(iter(values))}="):
