@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mitigate.records import SampleRecord, Telemetry
 
 BUS: Final = "bus"
-"""Telemetry key of what the bus itself counted: ``attention_rows``, ``forwards``; `totals` adds ``tokens``."""
+"""Telemetry key of what the bus itself counted: ``attention_rows``, ``forwards``, ``tokens``."""
 
 EFFECT_COUNTERS: Final = ("rows_edited", "tokens_edited", "steps_edited", "tokens_changed", "rejections", "fallbacks")
 """Counters that are above zero only if the model or its output was changed."""
@@ -58,18 +58,15 @@ class Effect:
 def totals(records: Sequence[SampleRecord]) -> Telemetry:
     """Sum the telemetry of all samples: method key (and ``bus``) -> counter -> sum; NaN stays NaN.
 
-    ``bus`` gets the records' generated ``tokens``, the denominator of everything per token.
+    Where the bus did not count ``tokens``, the denominator of everything per token, they are the records' own.
     """
     amounts: dict[str, dict[str, list[float]]] = {}
-    if records:
-        amounts[BUS] = {"tokens": []}
     for record in records:
-        for key, counters in record.telemetry.items():
+        bus = {"tokens": float(record.tokens), **record.telemetry.get(BUS, {})}
+        for key, counters in {**record.telemetry, BUS: bus}.items():
             lists = amounts.setdefault(key, {})
             for name, amount in counters.items():
-                if (key, name) != (BUS, "tokens"):
-                    lists.setdefault(name, []).append(amount)
-        amounts[BUS]["tokens"].append(record.tokens)
+                lists.setdefault(name, []).append(amount)
     return {key: {name: _sum(each) for name, each in sorted(lists.items())} for key, lists in sorted(amounts.items())}
 
 

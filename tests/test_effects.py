@@ -25,7 +25,7 @@ BUS = {"attention_rows": 40.0, "forwards": 5.0, "tokens": 5.0}
 def test_totals_sum_over_samples_and_keep_methods_that_counted_nothing() -> None:
     summed = totals([record(1, {"a": {"x": 1.5}, "b": {}, "bus": BUS}), record(2, {"a": {"x": 2, "y": 1}, "bus": BUS})])
     assert totals([]) == {}
-    assert totals([record(1, {})]) == {"bus": {"tokens": 5.0}}
+    assert totals([record(1, {}), record(2, {"bus": {"tokens": 7.0}})]) == {"bus": {"tokens": 12.0}}
     assert summed == {
         "a": {"x": 3.5, "y": 1.0},
         "b": {},
