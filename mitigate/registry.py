@@ -87,11 +87,14 @@ class Registry(Generic[T]):
         self._builtin = dict(builtin)
         self._base = base
         self._runtime: dict[str, type[T]] = {}
+        self._installed: list[Any] | None = None
 
     def _table(self) -> dict[str, Entry]:
         """Return name -> entry, unloaded. Raises `DuplicateName` if two packages claim one name."""
         table = {name: Entry(name, value, BUILTIN_DISTRIBUTION) for name, value in self._builtin.items()}
-        for point in _entry_points(self.group):
+        if self._installed is None:  # reading all packages' metadata is slow; what is installed stays for this process
+            self._installed = _entry_points(self.group)
+        for point in self._installed:
             found = Entry(point.name, point.value, point.dist.name if point.dist else "unknown package")
             other = table.get(point.name)
             if other is not None and other != found:

@@ -84,9 +84,10 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
     chosen = hydra.compose(groups)
     _refuse_orphans(chosen, groups)
     check_values(parsed, chosen.config)
-    composed = hydra.compose([_forced(override) for override in parsed]) if len(groups) < len(parsed) else chosen
-    origins = {**composed.origins, **_set_by_hand(hydra, parsed)}
-    config = copy.deepcopy(composed.config)  # the session keeps what it composed
+    # values change neither the choices nor what the files say
+    values = len(groups) < len(parsed)
+    config = hydra.merge([_forced(override) for override in parsed]) if values else copy.deepcopy(chosen.config)
+    origins = {**chosen.origins, **_set_by_hand(hydra, parsed)}
     model = str(config.model.name)
     try:
         keys = method_keys(config)
@@ -95,15 +96,17 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
         config.methods = {key: values.node() for key, values in decided.items()}
         config.model.tuned = {}
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        decided = {key: values.resolved(key, plain["methods"][key]) for key, values in decided.items()}
+        plain["methods"] = {key: values.node() for key, values in decided.items()}
     except OmegaConfBaseException as error:
         raise ConfigError(_missing_or_interpolation(error)) from error
-    return _build(plain, decided, composed, origins, methods_by_hand=any(o.key_or_group == "methods" for o in parsed))
+    return _build(plain, decided, chosen, origins, methods_by_hand=any(o.key_or_group == "methods" for o in parsed))
 
 
 def _build(
     config: dict[str, Any],
     decided: Mapping[str, MethodValues],
-    composed: Composed,
+    chosen: Composed,
     origins: Mapping[str, str],
     *,
     methods_by_hand: bool,
@@ -116,7 +119,7 @@ def _build(
     built = {key: values.build() for key, values in decided.items()}
     facts = facts_of(config["model"])
     check_stack(built, facts, config["decoding"])
-    preset = composed.chosen.get("stack")
+    preset = chosen.chosen.get("stack")
     name = preset if preset and not methods_by_hand else "+".join(built) or "none"
     del config["model"]["tuned"]
     config |= {"stack": name, "stacks": []}

@@ -130,10 +130,11 @@ def schema_of(name: str, plugin: type, *, extras: Sequence[str] = (), unset: boo
     unset
         Leave every value missing, so that what somebody set can be told from defaults.
     """
+    annotations = annotations_of(plugin)
     defaults = {} if unset else defaults_of(plugin)
     fields: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
     fields += [(extra, str, dataclasses.field(default=MISSING)) for extra in extras]
-    for parameter, annotation in annotations_of(plugin).items():
+    for parameter, annotation in annotations.items():
         value = defaults.get(parameter, MISSING)
         default: Any = dataclasses.field(default=value)
         if isinstance(value, (list, dict)):

@@ -99,21 +99,28 @@ class Session:
         return list(self._loader.repository.load_config(path).defaults_list or [])
 
     def compose(self, tokens: Sequence[str]) -> Composed:
-        """Let Hydra compose the primary configuration; its errors become `ConfigError`. Do not change the result."""
+        """Compose and find out who set what. The result is remembered, so it must not be changed."""
         key = tuple(tokens)
         if key not in self._composed:
             self._composed[key] = self._compose(key)
         return self._composed[key]
 
-    def _compose(self, tokens: Sequence[str]) -> Composed:
+    def merge(self, tokens: Sequence[str]) -> DictConfig:
+        """Return what Hydra merges from the files and the overrides; its errors become `ConfigError`."""
         try:
-            config = compose(PRIMARY, overrides=list(tokens))
-            defaults = self._loader.compute_defaults_list(PRIMARY, list(tokens), RunMode.RUN).defaults
+            return compose(PRIMARY, overrides=list(tokens))
         except MissingConfigException as error:
             group, _, option = (error.missing_cfg_file or "").partition("/")
             if group in ("methods", "benchmark"):
                 _registry_of(group).get(option)  # says why it is missing: unknown, or broken
             raise ConfigError(_explain(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from error
+
+    def _compose(self, tokens: Sequence[str]) -> Composed:
+        config = self.merge(tokens)
+        try:
+            defaults = self._loader.compute_defaults_list(PRIMARY, list(tokens), RunMode.RUN).defaults
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error)) from error
         origins: dict[str, str] = {}
@@ -172,15 +179,13 @@ def _usable(registry: Registry[Any]) -> Iterator[tuple[str, type]]:
 
 
 def _explain(error: BaseException) -> str:
-    """Shorten a Hydra or OmegaConf error to its message and its cause."""
+    """Shorten a Hydra or OmegaConf error to one or two lines: where, and what."""
     lines: list[str] = []
-    while error is not None and len(lines) < 2:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        key = getattr(error, "full_key", None)
-        line = f"{key}: {first}" if key and key not in first else first
-        if line not in lines:
-            lines.append(line)
-        if error.__cause__ is None:
-            break
-        error = error.__cause__
-    return "\n".join(lines)
+    cause: BaseException | None = error
+    while cause is not None:
+        known = (line.strip() for line in str(cause).splitlines())
+        lines += [
+            line for line in known if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
+        ]
+        cause = cause.__cause__
+    return "\n".join(list(dict.fromkeys(lines))[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mitigate.compose.schemas import annotations_of, defaults_of, native, plain, schema_of, type_name
+from mitigate.compose.schemas import annotations_of, check_value, defaults_of, native, plain, schema_of, type_name
 from mitigate.core.method import Method
 from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import methods, suggestion
@@ -42,6 +43,14 @@ class MethodValues:
         """Return the configuration node: name, preset and all parameters."""
         return {"name": self.name, "preset": self.preset, **self.values}
 
+    def resolved(self, key: str, node: Mapping[str, Any]) -> MethodValues:
+        """Return the same with interpolations replaced by what they refer to, from the resolved node."""
+        plugin = methods().get(self.name)
+        values = {
+            name: check_value(plugin, name, node[name], f"methods.{key}.{name}={node[name]}") for name in self.values
+        }
+        return dataclasses.replace(self, values=values)
+
     def build(self) -> Method:
         """Build the method; a value it refuses raises the `ConfigError` of the method."""
         plugin = methods().get(self.name)
@@ -73,7 +82,8 @@ def decide(
     plugin = methods().get(name)
     typed: Any = OmegaConf.structured(schema_of(name, plugin, extras=("preset",), unset=True))
     given = [str(parameter) for parameter in node if parameter != "name" and not OmegaConf.is_missing(node, parameter)]
-    set_here = {parameter: node[parameter] for parameter in given}
+    raw: Any = OmegaConf.to_container(node)  # interpolations stay: they may refer to values decided here
+    set_here = {parameter: raw[parameter] for parameter in given}
     for parameter in set_here:
         _known(plugin, parameter, f"methods.{key}")
     for parameter in tuned:

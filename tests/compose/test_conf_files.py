@@ -1,0 +1,107 @@
+"""The files of conf/: each composes, and holds nothing but differences from the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mitigate.compose import ResolvedRun, compose_comparison, compose_run
+from mitigate.compose.schema import RunConfig
+from mitigate.compose.schemas import defaults_of
+from mitigate.compose.session import GROUPS, flatten, session
+from mitigate.registry import benchmarks, methods
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+
+
+def read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load((CONF / file).read_text(encoding="utf-8")) or {}
+
+
+def names(group: str) -> list[str]:
+    return [file.stem for file in FILES if file.parts[0] == group]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_is_known_to_hydra(file: Path) -> None:
+    if len(file.parts) == 1:
+        assert file.name == "config.yaml"
+        return
+    with session() as hydra:
+        assert file.stem in hydra.options(file.parts[0])
+    assert file.parts[0] in GROUPS
+
+
+def test_methods_and_benchmarks_have_no_files() -> None:
+    assert not (CONF / "methods").exists()
+    assert not (CONF / "benchmark").exists()
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in ("decoding", "trainer", "tracker") for name in names(group)]
+)
+def test_options_compose(group: str, name: str) -> None:
+    assert compose_run([f"{group}={name}"]).config["model"]["name"] == "testbed"
+
+
+@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("stack", names("stack"))
+def test_every_stack_composes_on_every_model(model: str, stack: str) -> None:
+    if stack.startswith("control") and model != "testbed":
+        pytest.skip("controls are made for the testbed")
+    run = compose_run([f"model={model}", f"stack={stack}", *(["model.path=x"] if model == "hf" else [])])
+    assert run.stack_name == stack
+    assert [method.name for method in run.methods.values()] == ([] if stack == "none" else stack.split("+"))
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_experiments_compose_and_say_what_to_expect(experiment: str) -> None:
+    runs = compose_comparison([f"experiment={experiment}"])
+    assert runs[0].stack_name == "none"
+    assert "Expected: " in (CONF / "experiment" / f"{experiment}.yaml").read_text()
+
+
+def test_the_default_comparison() -> None:
+    runs = compose_comparison()
+    assert [run.stack_name for run in runs] == ["none", "locore", "scr", "sgrs", "sgrs+locore"]
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_tuned_values_belong_to_methods_and_differ_from_their_defaults(model: str) -> None:
+    for name, values in read(Path("model") / f"{model}.yaml").get("tuned", {}).items():
+        defaults = defaults_of(methods().get(name))
+        for parameter, value in values.items():
+            assert parameter in defaults
+            assert value != defaults[parameter], f"tuned.{name}.{parameter} repeats the default"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name != "config.yaml"], ids=str)
+def test_no_value_repeats_a_default(file: Path) -> None:
+    defaults = flatten(dataclasses.asdict(RunConfig()))
+    for name in benchmarks().names():
+        defaults |= {f"benchmark.{key}": value for key, value in defaults_of(benchmarks().get(name)).items()}
+    for name in methods().names():
+        defaults |= {f"methods.{name}.{key}": value for key, value in defaults_of(methods().get(name)).items()}
+    content = {key: value for key, value in read(file).items() if key not in ("defaults", "tuned")}
+    prefix = "" if file.parts[0] in ("stack", "experiment") else file.parts[0]
+    for key, value in flatten(content, prefix).items() if content else ():
+        assert key in defaults, f"{key} is no key"
+        assert value != defaults[key], f"{key}: {value} repeats the default"
+
+
+def test_published_values_of_tuned_models() -> None:
+    def values(model: str, stack: str) -> ResolvedRun:
+        return compose_run([f"model={model}", f"stack={stack}"])
+
+    for model, depth in (("llava-1.5-7b", 32), ("llava-1.5-13b", 40)):
+        run = values(model, "scr")
+        assert run.facts is not None
+        assert run.facts.layers == depth
+        assert run.config["methods"]["scr"]["layers"] == "0-11"
+        assert run.config["methods"]["scr"]["diagnostic_layers"] == "8-16"
+        assert values(model, "sgrs").config["methods"]["sgrs"]["layers"] == "6-8"
