@@ -14,7 +14,9 @@ ROW = 30.0
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Return round numbers that cover a range: multiples of 1, 2 or 5 times a power of ten."""
-    span = max(high - low, 1e-9)
+    if high - low < 1e-9:  # nothing differs: one unit on either side
+        low, high = low - 1.0, high + 1.0
+    span = high - low
     step = 10.0 ** math.floor(math.log10(span / wanted))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted)
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -66,7 +68,7 @@ def difference_plot(comparison: Mapping[str, Any], name: str) -> dict[str, Any] 
                 "x": x(value),
                 "low": x(low),
                 "high": x(high),
-                "clear": clear,
+                "sure": clear,
                 "tone": _tone(metric, value, clear),
                 "text": f"{number(value, sign=True)} [{number(low, sign=True)}, {number(high, sign=True)}]",
             }

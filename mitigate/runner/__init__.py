@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mitigate.runner.comparison import Comparison as Comparison
     from mitigate.runner.comparison import compare as compare
-    from mitigate.runner.single import run as run
+    from mitigate.runner.standalone import run as run
 
 _PUBLIC = {
     "Comparison": "mitigate.runner.comparison",
     "compare": "mitigate.runner.comparison",
-    "run": "mitigate.runner.single",
+    "run": "mitigate.runner.standalone",
 }
 __all__ = ["Comparison", "compare", "run"]
 

@@ -13,7 +13,8 @@ from mitigate.report import choose_examples, write_report
 from mitigate.runner.identity import check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
-from mitigate.runner.single import ModelCache, run
+from mitigate.runner.single import ModelCache, run_stack
+from mitigate.runner.standalone import configured_tracker, notes_of
 from mitigate.runner.table import print_table
 from mitigate.runner.tracking import track
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from mitigate.compose import ResolvedRun
     from mitigate.trackers.base import Tracker
-
-TESTBED_NOTE = "The testbed is a small test bench, not evidence about large models."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +83,13 @@ def compare(
     for item in resolved:
         check_same_run(item, directory / item.stack_name)
     if tracker is None:
-        tracker = _configured_tracker(resolved[0], directory)
+        tracker = configured_tracker(resolved[0], directory)
     models, records = ModelCache(), {}
     try:
         with StackProgress(console, len(resolved)) as progress:
             for item in resolved:
                 folder = directory / item.stack_name
-                records[item.stack_name] = run(item, folder, console=console, models=models, progress=progress)
+                records[item.stack_name] = run_stack(item, folder, console=console, models=models, progress=progress)
     except KeyboardInterrupt:
         line = f"Interrupted. Answers so far are in {directory}; the same command goes on from there."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -113,14 +112,14 @@ def _conclude(
         item.stack_name: {record.id: record for record in read_samples(directory / item.stack_name)}
         for item in resolved
     }
-    data = summarise(directory.name, resolved, records, answers, notes=_notes(resolved))
+    data = summarise(directory.name, resolved, records, answers, notes=notes_of(resolved))
     write_json(directory / "comparison.json", data)
     benchmark = resolved[0].benchmark
     examples = choose_examples(benchmark, benchmark.samples(), answers)
     report = directory / "report.html"
     write_report(report, data, examples, command=command)
     print_table(data, console)
-    messages = track(tracker, data, resolved, records, examples)
+    messages = track(tracker, data, resolved, records, examples, directory)
     messages.append(f"Report: {report} (open it in a browser: {report.resolve().as_uri()})")
     for message in messages:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -139,15 +138,3 @@ def _check_comparable(resolved: Sequence[ResolvedRun]) -> None:
                 f"stacks {names[0]!r} and {item.stack_name!r} differ in benchmark or seed; "
                 "a paired comparison needs the same samples"
             )
-
-
-def _configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
-    from mitigate.registry import trackers
-
-    config = resolved.config["tracker"]
-    made: Tracker = trackers().get(config["name"])(config, directory)
-    return made
-
-
-def _notes(resolved: Sequence[ResolvedRun]) -> list[str]:
-    return [TESTBED_NOTE] if any(item.config["model"]["path"] == "testbed" for item in resolved) else []

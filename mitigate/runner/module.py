@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mitigate.adapters import LoadedModel
-    from mitigate.benchmarks.base import Benchmark
+    from mitigate.benchmarks.base import Benchmark, Sample
     from mitigate.core.stack import Stack
+    from mitigate.records import Telemetry
     from mitigate.runner.batches import Batch
 
 WARM_UP_TOKENS = 4
@@ -124,12 +125,12 @@ class StackModule(lightning.LightningModule):
         self.run_dir, self.done, self.advance = run_dir, done, advance
         self._open = ExitStack()
         self._handle: Any = None
-        self._writer: RecordWriter | None = None
+        self._writer: Any = None
 
     def on_predict_start(self) -> None:
         """Attach the stack, now that the model is on its device."""
         self._handle = self._open.enter_context(self.stack.attach(self.model, self.loaded.processor))
-        self._writer = RecordWriter(self.run_dir, self.trainer.global_rank)
+        self._writer = self._open.enter_context(RecordWriter(self.run_dir, self.trainer.global_rank))
         self._warm = False
 
     def on_predict_end(self) -> None:
@@ -161,34 +162,26 @@ class StackModule(lightning.LightningModule):
         sequences = self._handle.generate(**arguments, max_new_tokens=batch.max_new_tokens)
         self._synchronize()
         seconds = (time.perf_counter() - started) / len(ids)
-        generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :]
-        telemetry = self._handle.telemetry()
-        written = 0
-        for row, sample in enumerate(batch.samples):
-            if sample.id in self.done:
-                continue
-            tokens, finished = cut_at_end(generated[row].tolist(), self._end_tokens())
-            record = SampleRecord(
-                id=sample.id,
-                image_id=sample.image_id,
-                task=sample.task,
-                prompt=sample.prompt,
-                text=self.loaded.processor.decode(tokens, skip_special_tokens=True).strip(),
-                tokens=len(tokens),
-                finished=finished,
-                meta=dict(sample.meta),
-                telemetry=telemetry[row],
-                seconds=seconds,
-                error=None,
-            )
-            self._write(record)
-            written += 1
-        self.advance(written * self.trainer.world_size)
+        generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :].tolist()
+        rows = zip(batch.samples, generated, self._handle.telemetry(), strict=True)
+        records = [self._record(*row, seconds) for row in rows if row[0].id not in self.done]
+        self._writer.extend(records)
+        self.advance(len(records) * self.trainer.world_size)
 
-    def _write(self, record: SampleRecord) -> None:
-        if self._writer is None:
-            raise RuntimeError("predict_step outside of a running prediction")
-        self._writer.append(record)
+    def _record(self, sample: Sample, tokens: list[int], telemetry: Telemetry, seconds: float) -> SampleRecord:
+        tokens, finished = cut_at_end(tokens, self._end_tokens())
+        return SampleRecord(
+            id=sample.id,
+            image_id=sample.image_id,
+            task=sample.task,
+            prompt=sample.prompt,
+            text=self.loaded.processor.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=len(tokens),
+            finished=finished,
+            meta=dict(sample.meta),
+            telemetry=telemetry,
+            seconds=seconds,
+        )
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mitigate.adapters import LoadedModel
+    from mitigate.benchmarks.base import Benchmark
     from mitigate.compose import ResolvedRun
     from mitigate.core.stack import Stack
 
@@ -50,13 +52,8 @@ class ModelCache:
         return self.models[key]
 
 
-def run(
-    resolved: ResolvedRun,
-    run_dir: Path,
-    *,
-    console: Console,
-    models: ModelCache | None = None,
-    progress: StackProgress | None = None,
+def run_stack(
+    resolved: ResolvedRun, run_dir: Path, *, console: Console, models: ModelCache, progress: StackProgress
 ) -> RunRecord:
     """Answer every sample of a benchmark with a stack attached, and score the answers.
 
@@ -69,11 +66,11 @@ def run(
     run_dir
         Folder of the records.
     console
-        Where progress and messages go.
+        Where messages go.
     models
         Models that are already loaded.
     progress
-        Bars of a surrounding comparison.
+        Where progress is shown.
 
     Returns
     -------
@@ -85,26 +82,23 @@ def run(
     ConfigError
         If the folder holds another run, or the configured geometry is not the model's.
     DataError
-        If records are damaged.
+        If records are damaged, or belong to other data.
     """
-    run_dir = Path(run_dir)
     check_same_run(resolved, run_dir)
     samples = resolved.benchmark.samples()
     done = finished_ids(run_dir)
-    earlier = _earlier(run_dir)
+    earlier = RunRecord.read(run_dir) if (run_dir / "record.json").exists() else None
     wanted = {sample.id for sample in samples}
     if strangers := sorted(done - wanted):
         raise DataError(f"{run_dir} has a record of {strangers[0]!r}, which is no sample of this benchmark; delete it")
+    record = _opening(resolved, earlier, len(samples))
+    if earlier is not None and earlier.data_hash != record.data_hash:
+        raise DataError(f"{run_dir} was made with other data or pictures of this benchmark; delete it to run it again")
     if earlier is not None and earlier.status == "finished" and done == wanted:
-        _say_reused(earlier, resolved, run_dir, console)
-        if progress is not None:
-            progress.skip()
+        _say_reused(earlier, record, run_dir, console)
+        progress.skip()
         return earlier
-    record = _opening(resolved, earlier, samples)
-    if progress is None:
-        with StackProgress(console) as own:
-            return _finish(resolved, run_dir, record, done, models or ModelCache(), own)
-    return _finish(resolved, run_dir, record, done, models or ModelCache(), progress)
+    return _finish(resolved, run_dir, record, done, models, progress)
 
 
 def _finish(
@@ -185,32 +179,33 @@ def batches_of(resolved: ResolvedRun, stack: Stack | None) -> list[Batch]:
     return plan_batches(benchmark, benchmark.samples(), size, int(config["decoding"]["max_new_tokens"]))
 
 
-def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: list[Any]) -> RunRecord:
+def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: int) -> RunRecord:
     """Return the record of a run that begins or goes on."""
     return RunRecord(
         status="running",
         stack=resolved.stack_name,
-        samples=len(samples),
+        samples=samples,
         config=dict(resolved.config),
         provenance=dict(resolved.provenance),
         versions=versions(resolved),
         git=git_state(),
-        data_hash=resolved.benchmark.data_hash(),
-        prompt_hash=resolved.benchmark.prompt_hash(),
+        data_hash=_hash(resolved.benchmark, "data_hash"),
+        prompt_hash=_hash(resolved.benchmark, "prompt_hash"),
         created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _earlier(run_dir: Path) -> RunRecord | None:
-    return RunRecord.read(run_dir) if (run_dir / "record.json").exists() else None
+@lru_cache(maxsize=8)
+def _hash(benchmark: Benchmark, which: str) -> str:
+    """Return a hash of a benchmark; all stacks of a comparison share it, and it reads every picture."""
+    return str(getattr(benchmark, which)())
 
 
-def _say_reused(earlier: RunRecord, resolved: ResolvedRun, run_dir: Path, console: Console) -> None:
-    changes = changes_since(earlier.versions, versions(resolved))
-    now = git_state()
-    if earlier.git.get("sha") != now.get("sha"):
-        changes.append(f"commit {str(earlier.git.get('sha'))[:9]} -> {str(now.get('sha'))[:9]}")
-    note = f"; since then: {', '.join(changes)}; delete {run_dir} to run it again" if changes else ""
+def _say_reused(earlier: RunRecord, now: RunRecord, run_dir: Path, console: Console) -> None:
+    changes = changes_since(earlier.versions, now.versions)
+    if earlier.git.get("sha") != now.git.get("sha"):
+        changes.append(f"commit {str(earlier.git.get('sha'))[:9]} -> {str(now.git.get('sha'))[:9]}")
+    note = f" (since then: {', '.join(changes)}; delete {run_dir} to run it again)" if changes else ""
     line = f"{earlier.stack}: finished {earlier.created_at}, not run again{note}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 

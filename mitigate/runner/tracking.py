@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mitigate.records import content_hash, read_json, write_json
 from mitigate.report.examples import Example, hallucinated
 from mitigate.trackers.base import TrackedRun, Tracker
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mitigate.compose import ResolvedRun
     from mitigate.records import RunRecord
 
@@ -21,38 +24,64 @@ def track(
     resolved: Sequence[ResolvedRun],
     records: Mapping[str, RunRecord],
     examples: Sequence[Example],
+    directory: Path,
 ) -> list[str]:
-    """Log every stack as one run of one group.
+    """Log every stack as one run of one group; results that were logged before are not logged again.
+
+    Parameters
+    ----------
+    tracker
+        Where to log.
+    comparison
+        Content of ``comparison.json``.
+    resolved, records
+        The stacks' runs and records.
+    examples
+        Pictures for the sample table.
+    directory
+        Folder of the comparison; ``tracked.json`` in it remembers what was logged where.
 
     Returns
     -------
     list of str
         Lines for the user: where the runs are, or what failed. A tracker's failure is reported, never raised.
     """
-    places: list[str] = []
+    memory = directory / "tracked.json"
+    destination = f"{tracker.name} {tracker.config.get('mode')} {tracker.config.get('project')}"
+    tracked: dict[str, dict[str, str]] = read_json(memory) if memory.exists() else {}
+    known, places = tracked.setdefault(destination, {}), []
     for item in resolved:
         stack = item.stack_name
+        numbers = flat_numbers(comparison["stacks"][stack])
+        digest = content_hash([records[stack].created_at, numbers])
+        if known.get(stack) == digest:
+            continue
         try:
-            tracker.start(
-                TrackedRun(
-                    name=stack,
-                    group=comparison["name"],
-                    config={**item.config, "versions": records[stack].versions, "git": records[stack].git},
-                    notes=" ".join(comparison["notes"]),
-                )
-            )
-            tracker.log(flat_numbers(comparison["stacks"][stack]))
+            tracker.start(_described(item, records[stack], comparison))
+            tracker.log(numbers)
             tracker.table("samples", SAMPLE_COLUMNS, sample_rows(stack, examples))
             place = tracker.finish()
-        except Exception as error:
-            reason = (str(error).splitlines() or ["no message"])[0]
+        except Exception as error:  # whatever it is, the results are on disk and must stay usable
             _give_up(tracker)
+            reason = (str(error).splitlines() or ["no message"])[0]
             return [
                 f"Tracking with {tracker.name} failed at stack {stack} ({type(error).__name__}: {reason}); "
                 "all results are recorded, run the same command again to track them"
             ]
-        places += [place] if place else []
+        if place is not None:
+            places.append(place)
+            known[stack] = digest
+            write_json(memory, tracked)
     return [_say(tracker.name, places)] if places else []
+
+
+def _described(item: ResolvedRun, record: RunRecord, comparison: Mapping[str, Any]) -> TrackedRun:
+    return TrackedRun(
+        name=item.stack_name,
+        group=comparison["name"],
+        config={**item.config, "versions": record.versions, "git": record.git, "data_hash": record.data_hash},
+        notes=" ".join(comparison["notes"]),
+    )
 
 
 def _give_up(tracker: Tracker) -> None:
@@ -63,8 +92,7 @@ def _give_up(tracker: Tracker) -> None:
 
 
 def _say(name: str, places: Sequence[str]) -> str:
-    parent = places[0].rsplit("/", 1)[0]
-    return f"Tracked with {name}: {len(places)} runs in {parent}"
+    return f"Tracked with {name}: {len(places)} run{'s' if len(places) > 1 else ''} in {places[0].rsplit('/', 1)[0]}"
 
 
 def flat_numbers(stack: Mapping[str, Any]) -> dict[str, float]:

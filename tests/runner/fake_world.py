@@ -131,16 +131,16 @@ class FakeStack:
     @contextmanager
     def attach(self, model: FakeModel, processor: Any) -> Any:
         turn = next((method.period for method in self.methods.values()), 0)
-        rows = [0]
+        rows = [0, 0]
 
         def generate(*, seed: int, sample_ids: list[str], **kwargs: Any) -> torch.Tensor:
-            rows[0] = len(sample_ids)
+            rows[:] = [len(sample_ids), 10 if kwargs["max_new_tokens"] > 2 else 2]
             assert model.training is False
             return model.generate(turn=turn, **kwargs)
 
         def telemetry() -> list[dict[str, dict[str, float]]]:
             effect = {"rows_edited": 4.0 * bool(turn), "l1_change": 1.0 * bool(turn), "rejections": 0.0, "extra_forwards": 3.0, "seconds": 0.1}
-            bus = {"bus": {"attention_rows": 40.0, "forwards": 10.0, "tokens": 10.0}}
+            bus = {"bus": {"attention_rows": 40.0, "forwards": 10.0, "tokens": float(rows[1])}}
             return [{**bus, **{key: dict(effect) for key in self.methods}} for _ in range(rows[0])]
 
         model.attached = getattr(model, "attached", 0) + 1

@@ -1,0 +1,79 @@
+"""Run one stack by itself, outside a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mitigate.records import RunRecord, read_samples
+from mitigate.report import choose_examples
+from mitigate.runner.progress import StackProgress
+from mitigate.runner.results import summarise
+from mitigate.runner.single import ModelCache, run_stack
+from mitigate.runner.tracking import track
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from mitigate.compose import ResolvedRun
+    from mitigate.trackers.base import Tracker
+
+TESTBED_NOTE = "The testbed is a small test bench, not evidence about large models."
+
+
+def run(resolved: ResolvedRun, run_dir: Path, *, console: Console, tracker: Tracker | None = None) -> RunRecord:
+    """Answer every sample of a benchmark with one stack, score the answers, and track the result.
+
+    Parameters
+    ----------
+    resolved
+        What to run.
+    run_dir
+        Folder of the records; a run that is already there is completed or, if finished, only read.
+    console
+        Where progress and messages go.
+    tracker
+        Where else the result is shown; ``None``: as the configuration says.
+
+    Returns
+    -------
+    RunRecord
+        The finished record.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As `run_stack` does.
+    """
+    from mitigate.runner.module import process_rank
+
+    run_dir = Path(run_dir)
+    tracker = tracker or configured_tracker(resolved, run_dir)
+    with StackProgress(console) as progress:
+        record = run_stack(resolved, run_dir, console=console, models=ModelCache(), progress=progress)
+    if process_rank() != 0:
+        return record
+    stack = resolved.stack_name
+    answers = {stack: {sample.id: sample for sample in read_samples(run_dir)}}
+    data = summarise(run_dir.name, [resolved], {stack: record}, answers, notes=notes_of([resolved]))
+    examples = choose_examples(resolved.benchmark, resolved.benchmark.samples(), answers)
+    lines = [f"! {note}" for note in data["stacks"][stack]["notes"]]
+    for line in [*lines, *track(tracker, data, [resolved], {stack: record}, examples, run_dir), *data["notes"]]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return record
+
+
+def configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
+    """Return the tracker a run's configuration names, for results in a folder."""
+    from mitigate.registry import trackers
+
+    config = resolved.config["tracker"]
+    made: Tracker = trackers().get(config["name"])(config, directory)
+    return made
+
+
+def notes_of(resolved: Sequence[ResolvedRun]) -> list[str]:
+    """Return the sentences that belong under every presentation of these runs."""
+    return [TESTBED_NOTE] if any(item.config["model"]["path"] == "testbed" for item in resolved) else []
