@@ -1,0 +1,99 @@
+"""Token roles against an independent count over the ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mitigate.adapters.llava import LlavaAdapter
+from mitigate.core.layers import parse_layers
+from mitigate.core.layout import Role
+from mitigate.errors import ConfigError, UnsupportedModel
+from tests.references.tiny import IMAGE, make_inputs, tiny_llava
+
+PROMPT = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 5)).filter(lambda prompt: sum(prompt) > 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(PROMPT, min_size=1, max_size=4), st.integers(0, 2))
+def test_roles_of_any_batch(prompts, gap):
+    model = _model()
+    inputs = make_inputs(model, prompts, gap=gap)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    layout = LlavaAdapter().layout(model, ids, mask, inputs).grown(ids.shape[1] + 2)
+    image = 0
+    for row, (_, images, _) in enumerate(prompts):
+        tokens, seen, last = ids[row].tolist(), 0, None
+        for column, token in enumerate(tokens):
+            if not mask[row, column]:
+                expected = Role.PAD
+            elif token == IMAGE:
+                expected, seen, last = Role.IMAGE, seen + 1, column
+            else:
+                expected = Role.PROMPT if seen or not images else Role.SYSTEM
+            assert layout.roles[row, column] == expected
+        assert layout.roles[row, -2:].tolist() == [Role.GENERATED] * 2
+        assert int(layout.after_image[row]) == (last + 1 if images else int(mask[row].argmax()))
+        assert [span.image for span in layout.images[row]] == list(range(image, image + images))
+        columns = [column for span in layout.images[row] for column in span.positions.tolist()]
+        assert columns == [column for column, token in enumerate(tokens) if token == IMAGE]
+        assert all(span.grid == (6, 6) and len(span.positions) == 36 for span in layout.images[row])
+        image += images
+
+
+_CACHE = {}
+
+
+def _model():
+    return _CACHE.setdefault("model", tiny_llava(seed=0))
+
+
+def test_class_token_of_the_full_strategy_is_no_patch():
+    model = tiny_llava(seed=0)
+    model.config.vision_feature_select_strategy = "full"
+    ids = torch.tensor([[1, 7, *[IMAGE] * 37, 8]])
+    span = LlavaAdapter().layout(model, ids, None, {}).images[0][0]
+    assert span.positions.tolist() == list(range(3, 39))
+    assert span.stop == 39
+
+
+def test_odd_patch_size_is_refused():
+    model = tiny_llava(seed=0)
+    model.config.vision_config.patch_size = 5
+    with pytest.raises(UnsupportedModel, match="no multiple of patch"):
+        LlavaAdapter().layout(model, torch.tensor([[1, IMAGE]]), None, {})
+
+
+def test_expansion_repeats_rows():
+    inputs = make_inputs(_model(), [(2, 1, 3), (4, 0, 2)])
+    layout = LlavaAdapter().layout(_model(), inputs["input_ids"], inputs["attention_mask"], {})
+    twice = layout.repeated(2)
+    assert twice.rows == 4
+    assert torch.equal(twice.prompt_roles[1], layout.prompt_roles[0])
+    assert twice.images[0] is twice.images[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "depth", "expected"),
+    [
+        ("all", 3, (0, 1, 2)),
+        ("9-14", 32, (9, 10, 11, 12, 13, 14)),
+        ("6,7,8", 32, (6, 7, 8)),
+        ("1, 3-4", 8, (1, 3, 4)),
+        ("0.1875-0.25", 32, (6, 7, 8)),
+        ("0.1875-0.25", 28, (5, 6, 7)),
+        ("0.25-0.5", 32, tuple(range(8, 17))),
+        ("0.5-1.0", 4, (2, 3)),
+        ("0.5", 8, (4,)),
+    ],
+)
+def test_layer_ranges(text, depth, expected):
+    assert parse_layers(text, depth) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "5-3", "0.5-1.5", "-1", "1..3", "0.7-0.2", "8", "6-9"])
+def test_bad_layer_ranges_name_the_parameter(text):
+    with pytest.raises(ConfigError, match="methods.x.layers="):
+        parse_layers(text, 8, name="methods.x.layers")
