@@ -33,8 +33,7 @@ class Stack:
     Examples
     --------
     >>> from mitigate import Stack
-    >>> from mitigate.methods.locore import LocoRE
-    >>> stack = Stack([LocoRE(beta=0.15)])
+    >>> stack = Stack([])  # or [TheMethod(...), AnotherMethod(...)]
     >>> with stack.attach(model, processor) as handle:  # doctest: +SKIP
     ...     model.generate(**inputs)
     """
@@ -47,7 +46,7 @@ class Stack:
             for method in methods:
                 if not isinstance(method, Method):
                     raise ConfigError(
-                        f"a stack takes methods, not {method!r}; write Stack([LocoRE(beta=0.15)]) with instances"
+                        f"a stack takes methods, not {method!r}; write Stack([TheMethod()]) with instances"
                     )
                 copies = sum(other.name == method.name for other in self.methods.values())
                 self.methods[method.name + (f"_{copies + 1}" if copies else "")] = method
