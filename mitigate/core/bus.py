@@ -294,15 +294,18 @@ class HookBus:
     # ------------------------------------------------------------------------------------------------------ choosing
 
     def select_token(self, logits: Tensor, scores: Tensor) -> Selection | None:
-        """Ask the stack's token-selecting method, if any, for the next token of every row."""
+        """Ask the stack's token-selecting method, if any, for the next token of every row.
+
+        Counts ``tokens_changed``: choices that greedy decoding of the same logits would not have made.
+        """
         request = self._running()
         frame = cast(Frame, request.frame)
         for item in self.subscriptions(Point.SELECT_TOKEN):
-            event = SelectToken(
-                **frame.event(request),
-                logits=logits,
-                scores=scores,
-                active=~request.finished,
-            )
-            return cast("Selection | None", self.call(item, event))
+            active = ~request.finished
+            event = SelectToken(**frame.event(request), logits=logits, scores=scores, active=active)
+            selection = cast("Selection | None", self.call(item, event))
+            if selection is not None:
+                changed = selection.chosen & (selection.token != scores.argmax(-1)) & active
+                request.state(item.key).count("tokens_changed", changed)
+            return selection
         return None

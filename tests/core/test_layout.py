@@ -95,5 +95,5 @@ def test_layer_ranges(text, depth, expected):
 
 @pytest.mark.parametrize("text", ["", "a", "5-3", "0.5-1.5", "-1", "1..3", "0.7-0.2", "8", "6-9"])
 def test_bad_layer_ranges_name_the_parameter(text):
-    with pytest.raises(ConfigError, match="methods.x.layers="):
+    with pytest.raises(ConfigError, match=r"methods\.x\.layers="):
         parse_layers(text, 8, name="methods.x.layers")
