@@ -34,7 +34,6 @@ ALLOWED = {
 #: Parts of the project a folder must not import.
 FORBIDDEN = {
     "core": (
-        "adapters",
         "benchmarks",
         "cli",
         "compose",
