@@ -129,7 +129,9 @@ def help_text(command: str) -> str:
     with session() as hydra:
         for group in GROUPS:
             if not (command == "compare" and group == "stack"):
-                shown = f"{group}=[...]" if group == "methods" else f"{group}="
+                shown = f"{group}="
+                if group == "methods":
+                    shown = "(methods)" if command == "compare" else "methods=[...]"
                 lines.append(f"  {shown:<15} {', '.join(hydra.options(group)) or 'none'}")
         if command == "compare":
             lines.append(f"  {'stacks=[...]':<15} {', '.join(hydra.options('stack'))}, or methods joined by +")
