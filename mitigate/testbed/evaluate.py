@@ -49,7 +49,7 @@ class TestbedEvaluation:
     threads
         CPU threads; 0 leaves torch's choice.
     card
-        File to write the model card to; empty for none.
+        Page to write the model card to, which is then written beside the weights as well; empty for none.
     """
 
     checkpoint: str = ""
@@ -65,7 +65,7 @@ class TestbedEvaluation:
             raise ValueError(f"images must be at least 2, but is {self.images}")
 
 
-class AddLogOdds(LogitsProcessor):
+class AddLogOdds(LogitsProcessor):  # type: ignore[misc]
     """Adds scaled log-odds of presence to the logits of the objects' words.
 
     Parameters
@@ -217,7 +217,7 @@ def evaluate(config: TestbedEvaluation) -> dict[str, Any]:
         )
 
     plain, controlled = captions(), captions(log_odds)
-    return {
+    report: dict[str, Any] = {
         "checkpoint_sha256": checksum(folder / "model.safetensors"),
         "split": config.split,
         "images": config.images,
@@ -233,6 +233,11 @@ def evaluate(config: TestbedEvaluation) -> dict[str, Any]:
             **chair_difference(plain, controlled, truths),
         },
     }
+    if config.card:
+        from mitigate.testbed.card import write_card
+
+        write_card(folder, report, Path(config.card))
+    return report
 
 
 BAR: Final[tuple[tuple[str, float, float], ...]] = (

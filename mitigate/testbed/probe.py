@@ -76,9 +76,11 @@ class Probe:
         Tensor
             `[n_images, n_objects]`, natural logarithm, within -12..12, on the device of `features`.
         """
-        to = {"device": features.device, "dtype": torch.float32}
-        evidence = _evidence(features.float() @ self.weight.to(**to).T + self.bias.to(**to))
-        return (evidence * self.slope.to(**to) + self.offset.to(**to)).clamp(-CEILING, CEILING)
+        weight, bias, slope, offset = (
+            tensor.to(features.device) for tensor in (self.weight, self.bias, self.slope, self.offset)
+        )
+        evidence = _evidence(features.float() @ weight.T + bias)
+        return (evidence * slope + offset).clamp(-CEILING, CEILING)
 
     def save(self, folder: Path) -> Path:
         """Write the probe into a checkpoint's folder and return the file."""
@@ -203,10 +205,10 @@ def _fit_tokens(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = functional.cross_entropy(scaled @ weight.T + bias, labels) + 1e-4 * weight.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         folded = weight.detach() / std
         return folded, bias.detach() - folded @ mean
 
@@ -222,8 +224,8 @@ def _fit_calibration(evidence: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
             optimizer.zero_grad()
             logits = evidence * (common[0] + own[0]) + common[1] + own[1]
             loss = functional.binary_cross_entropy_with_logits(logits, truth) + 1e-3 * own.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         return (common[0] + own[0]).detach(), (common[1] + own[1]).detach()

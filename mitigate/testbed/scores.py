@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mitigate.testbed.language import Question, mentioned, sentences
-from mitigate.testbed.world import OBJECTS, PARTNER, THEME_OF
+from mitigate.testbed.world import OBJECTS, PARTNER, is_related
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +53,8 @@ def kinship_metrics(captions: Sequence[str], truths: Sequence[frozenset[str]]) -
     count = 0
     for text, truth in zip(captions, truths, strict=True):
         partners = {PARTNER[name] for name in truth} - truth
-        themes = {THEME_OF[name] for name in truth}
         absent = [name for name in OBJECTS if name not in truth]
-        related = {name for name in absent if THEME_OF[name] in themes}
+        related = {name for name in absent if is_related(name, truth)}
         for name in mentioned(text):
             if name not in truth:
                 count += 1

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 import platform
+import warnings
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final
 
 import pytorch_lightning as pl
 import torch
 import transformers
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,122 +27,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlavaForConditionalGeneration
 
 from mitigate.testbed.batches import EMPTY_CLASS, EMPTY_COLOR, Batch, Packer, training_scenes
-from mitigate.testbed.model import ModelSize, build_model, build_processor, checksum, load, save
+from mitigate.testbed.model import build_model, build_processor, checksum, load, save
+from mitigate.testbed.options import STAGES, Stage, TestbedTraining
 from mitigate.testbed.probe import fit_probe
-from mitigate.testbed.world import THEME_BIAS, TOGETHER, WORLD_SEED
+from mitigate.testbed.world import WORLD_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Stage = Literal["look", "read", "habit"]
-STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+RUNTIME_OPTIONS: Final = frozenset(
+    {"output", "progress", "resume", "accelerator", "threads", "save_every", "snapshot_every"}
+)
+"""Options that say where and how a training runs, not what comes out of it."""
+
 OBJECT_CLASS_WEIGHT: Final = 1.0
 EMPTY_CLASS_WEIGHT: Final = 0.3
-
-
-@dataclass(frozen=True)
-class TestbedTraining:
-    """Options of `mitigate testbed train`; the defaults are the recipe of the checkpoint that ships.
-
-    Attributes
-    ----------
-    output
-        Folder for logs, training checkpoints and, in ``checkpoint/``, the finished model.
-    seed
-        Seed of weights and of the order of scenes.
-    look_steps, read_steps, habit_steps
-        Optimiser steps of the three stages.
-    look_batch, read_batch, habit_batch
-        Pictures per step.
-    look_lr, read_lr, habit_lr
-        Peak learning rates; warmed up linearly, then cosine down to a twentieth.
-    warmup_steps
-        Steps of warming up, at most a tenth of a stage.
-    questions
-        Yes/no questions per picture.
-    read_together, read_theme_bias
-        Co-occurrence while reading is learnt: probability that partners come together, and of staying in the theme.
-    habit_together, habit_theme_bias
-        The same while habits are formed.
-    caption_weight, answer_weight, presence_weight, dense_weight
-        Weights of the losses on captions, answers, presence at the object word, and what is in each cell.
-    weight_decay
-        AdamW's weight decay.
-    gradient_clip
-        Largest gradient norm.
-    accelerator
-        Lightning accelerator: ``auto``, ``cpu`` or ``gpu``.
-    look_precision, read_precision, habit_precision
-        Lightning precision of each stage, such as ``32-true`` or ``bf16-mixed``.
-    threads
-        CPU threads; 0 leaves torch's choice.
-    save_every
-        Steps between training checkpoints, from which a killed run goes on.
-    snapshot_every
-        Steps between loadable model folders while habits are formed; 0 for none.
-    resume
-        Whether to go on where an earlier run in `output` stopped; else it is an error if there is one.
-    progress
-        Whether to show a progress bar.
-    width, text_layers, vision_layers
-        Sizes of the model, see `ModelSize`.
-    """
-
-    output: str = "runs/testbed"
-    seed: int = 7
-    look_steps: int = 2500
-    read_steps: int = 1200
-    habit_steps: int = 450
-    look_batch: int = 64
-    read_batch: int = 32
-    habit_batch: int = 32
-    look_lr: float = 1.5e-3
-    read_lr: float = 1.0e-3
-    habit_lr: float = 3.0e-4
-    warmup_steps: int = 100
-    questions: int = 6
-    read_together: float = 0.2
-    read_theme_bias: float = 0.25
-    habit_together: float = TOGETHER["train"]
-    habit_theme_bias: float = THEME_BIAS["train"]
-    caption_weight: float = 1.0
-    answer_weight: float = 1.0
-    presence_weight: float = 1.0
-    dense_weight: float = 0.3
-    weight_decay: float = 0.02
-    gradient_clip: float = 1.0
-    accelerator: str = "auto"
-    look_precision: str = "bf16-mixed"
-    read_precision: str = "32-true"
-    habit_precision: str = "32-true"
-    threads: int = 0
-    save_every: int = 200
-    snapshot_every: int = 0
-    resume: bool = True
-    progress: bool = True
-    width: int = 128
-    text_layers: int = 8
-    vision_layers: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("read_together", "read_theme_bias", "habit_together", "habit_theme_bias"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
-        for name in ("look_batch", "read_batch", "habit_batch", "questions", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-
-    def size(self) -> ModelSize:
-        """Sizes of the model to train."""
-        return ModelSize(width=self.width, text_layers=self.text_layers, vision_layers=self.vision_layers)
-
-    def steps(self, stage: Stage) -> int:
-        """Optimiser steps of a stage."""
-        return int(getattr(self, f"{stage}_steps"))
-
-    def batch(self, stage: Stage) -> int:
-        """Pictures per step of a stage."""
-        return int(getattr(self, f"{stage}_batch"))
 
 
 class Heads(nn.Module):
@@ -316,7 +217,7 @@ class _Snapshots(pl.Callback):
 
 def recipe(config: TestbedTraining) -> dict[str, Any]:
     """Tell what has to be known to train the same model again; where it was written to is left out."""
-    options = {name: value for name, value in asdict(config).items() if name not in ("output", "progress", "resume")}
+    options = {name: value for name, value in asdict(config).items() if name not in RUNTIME_OPTIONS}
     return {
         "recipe": options,
         "world_seed": WORLD_SEED,
@@ -324,7 +225,7 @@ def recipe(config: TestbedTraining) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "pytorch_lightning": pl.__version__,
+            "pytorch_lightning": version("pytorch_lightning"),
         },
     }
 
@@ -339,6 +240,8 @@ def _run_stage(module: StageModule, config: TestbedTraining, stage: Stage, folde
             enable_version_counter=False,
         )
     ]
+    if config.progress:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
     if config.snapshot_every and stage == "habit":
         callbacks.append(_Snapshots(config, folder, config.snapshot_every))
     trainer = pl.Trainer(
@@ -356,7 +259,11 @@ def _run_stage(module: StageModule, config: TestbedTraining, stage: Stage, folde
     )
     last = folder / "last.ckpt"
     module.train()
-    trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # Both are answered by `_Steps`: it is never read by several workers, and it starts at the step to go on from.
+        warnings.filterwarnings("ignore", message=".*`__len__` defined.*")
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
 
 
 def train(config: TestbedTraining) -> Path:
@@ -388,14 +295,14 @@ def train(config: TestbedTraining) -> Path:
     torch.set_flush_denormal(True)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(config.size(), seed=config.seed)
-    module_state = {"model": model, "heads": Heads(config.width)}
-    state = nn.ModuleDict(module_state)
+    heads = Heads(config.width)
+    state = nn.ModuleDict({"model": model, "heads": heads})
     for stage in STAGES:
         finished = output / f"{stage}.safetensors"
         if finished.is_file():
             state.load_state_dict(load_file(finished))
             continue
-        module = StageModule(model, module_state["heads"], config, stage)  # type: ignore[arg-type]
+        module = StageModule(model, heads, config, stage)
         _run_stage(module, config, stage, output / stage)
         save_file({name: weight.detach().cpu().clone() for name, weight in state.state_dict().items()}, finished)
     return finish(model.cpu(), output / "checkpoint", config)
