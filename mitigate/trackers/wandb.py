@@ -58,6 +58,7 @@ class WandbTracker(Tracker):
             save_code=False,
             x_disable_stats=True,
             x_disable_meta=True,
+            x_save_requirements=False,
         )
         self._run = wandb.init(
             project=self.config.get("project") or "mitigate",
@@ -91,7 +92,7 @@ class WandbTracker(Tracker):
         run, self._run = self._run, None
         if run is None:
             return None
-        where = run.url or (None if run.disabled else str(Path(run.settings.sync_dir)))
+        where = None if run.disabled else str(run.settings.sync_dir) if run.offline else run.url
         with _staging(self.directory / "wandb"):
             run.finish(exit_code=1 if failed else 0)
         return where

@@ -38,11 +38,19 @@ class FakeBenchmark(Benchmark):
         made = []
         for index in range(self.limit or 6):
             image, present = f"img-{index}", [OBJECTS[index % 6], OBJECTS[(index + 2) % 6]]
-            made.append(Sample(id=f"{image}/caption", image_id=image, task="caption", prompt="Describe.", meta={"objects": present}))
+            made.append(
+                Sample(
+                    id=f"{image}/caption", image_id=image, task="caption", prompt="Describe.", meta={"objects": present}
+                )
+            )
             for split, word in zip(("adversarial", "popular", "random"), OBJECTS[index % 3 :], strict=False):
                 label = "yes" if word in present else "no"
                 meta = {"label": label, "split": split}
-                made.append(Sample(id=f"{image}/{split}", image_id=image, task="yes_no", prompt=f"Is there a {word}?", meta=meta))
+                made.append(
+                    Sample(
+                        id=f"{image}/{split}", image_id=image, task="yes_no", prompt=f"Is there a {word}?", meta=meta
+                    )
+                )
         return made
 
     def images(self, sample: Sample) -> list[Image.Image]:
@@ -102,7 +110,12 @@ class FakeModel(torch.nn.Module):
 
     def generate(self, *, input_ids: torch.Tensor, max_new_tokens: int, turn: int = 0, **kwargs: Any) -> torch.Tensor:
         self.calls.append(
-            {"rows": len(input_ids), "max_new_tokens": max_new_tokens, "inference": torch.is_inference_mode_enabled(), **kwargs}
+            {
+                "rows": len(input_ids),
+                "max_new_tokens": max_new_tokens,
+                "inference": torch.is_inference_mode_enabled(),
+                **kwargs,
+            }
         )
         if self.fail_at is not None and len(self.calls) > self.fail_at:
             raise self.error
@@ -115,7 +128,9 @@ class FakeModel(torch.nn.Module):
             if max_new_tokens <= 2:
                 reply = [YES if (digest[1] + bool(turned)) % 2 else NO, END]
             else:
-                reply = [t for k in range(3) for t in (ARTICLE, FIRST_OBJECT + (digest[k + 1] + bool(turned)) % 6, STOP)] + [END]
+                reply = [
+                    t for k in range(3) for t in (ARTICLE, FIRST_OBJECT + (digest[k + 1] + bool(turned)) % 6, STOP)
+                ] + [END]
             rows.append((reply + [0] * 20)[: min(max_new_tokens, 12)])
         return torch.cat([input_ids, torch.tensor(rows)], dim=1)
 
@@ -139,7 +154,13 @@ class FakeStack:
             return model.generate(turn=turn, **kwargs)
 
         def telemetry() -> list[dict[str, dict[str, float]]]:
-            effect = {"rows_edited": 4.0 * bool(turn), "l1_change": 1.0 * bool(turn), "rejections": 0.0, "extra_forwards": 3.0, "seconds": 0.1}
+            effect = {
+                "rows_edited": 4.0 * bool(turn),
+                "l1_change": 1.0 * bool(turn),
+                "rejections": 0.0,
+                "extra_forwards": 3.0,
+                "seconds": 0.1,
+            }
             bus = {"bus": {"attention_rows": 40.0, "forwards": 10.0, "tokens": float(rows[1])}}
             return [{**bus, **{key: dict(effect) for key in self.methods}} for _ in range(rows[0])]
 
@@ -159,7 +180,10 @@ class FakeLoaded:
         )
 
     def inputs(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        rows = [[sum(prompt.encode()), *picture[0].getpixel((0, 0))] for prompt, picture in zip(prompts, images, strict=True)]
+        rows = [
+            [sum(prompt.encode()), *picture[0].getpixel((0, 0))]
+            for prompt, picture in zip(prompts, images, strict=True)
+        ]
         return {"input_ids": torch.tensor(rows)}
 
 
@@ -176,18 +200,46 @@ def install(setter: Any, loaded: FakeLoaded) -> list[str]:
     return loads
 
 
-def resolved(stack: str = "none", *, methods: dict[str, Method] | None = None, images: int = 6, **changes: Any) -> ResolvedRun:
+def resolved(
+    stack: str = "none", *, methods: dict[str, Method] | None = None, images: int = 6, **changes: Any
+) -> ResolvedRun:
     """Return a run of the fake benchmark; ``changes`` are dotted keys with ``__`` for the dot."""
     methods = methods if methods is not None else ({} if stack == "none" else {"turn": FakeMethod()})
     config: dict[str, Any] = {
-        "model": {"name": "fake", "path": "testbed", "dtype": "float32", "attn_implementation": "sdpa", "revision": None, "trust_remote_code": False},
+        "model": {
+            "name": "fake",
+            "path": "testbed",
+            "dtype": "float32",
+            "attn_implementation": "sdpa",
+            "revision": None,
+            "trust_remote_code": False,
+        },
         "methods": {key: {"name": method.name, **method.params()} for key, method in methods.items()},
         "benchmark": {"name": "fake", "limit": images},
-        "decoding": {"max_new_tokens": 12, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1, "repetition_penalty": 1.0},
-        "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "batch_size": 4, "num_workers": 0},
+        "decoding": {
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "batch_size": 4,
+            "num_workers": 0,
+        },
         "tracker": {"name": "none", "mode": "offline", "project": "p", "entity": None, "tags": []},
-        "stack": stack, "stacks": [], "seed": 0, "runs_dir": "runs", "name": None,
-    }  # fmt: skip
+        "stack": stack,
+        "stacks": [],
+        "seed": 0,
+        "runs_dir": "runs",
+        "name": None,
+    }
     for key, value in changes.items():
         *parents, last = key.split("__")
         node = config

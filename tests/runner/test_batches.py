@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from tests.runner.fake_world import FakeBenchmark, resolved
-
 from mitigate.runner.batches import generate_arguments, plan_batches
+from tests.runner.fake_world import FakeBenchmark, resolved
 
 
 def test_batches_are_cut_from_the_full_list_and_never_mix_tasks_or_limits() -> None:
@@ -18,7 +17,9 @@ def test_batches_are_cut_from_the_full_list_and_never_mix_tasks_or_limits() -> N
 
 def test_a_samples_own_limit_only_lowers_the_configured_one() -> None:
     benchmark = FakeBenchmark(limit=1)
-    limits = {batch.samples[0].task: batch.max_new_tokens for batch in plan_batches(benchmark, benchmark.samples(), 4, 1)}
+    limits = {
+        batch.samples[0].task: batch.max_new_tokens for batch in plan_batches(benchmark, benchmark.samples(), 4, 1)
+    }
     assert limits == {"caption": 1, "yes_no": 1}
 
 
@@ -31,7 +32,9 @@ def test_missing_samples_of_a_batch() -> None:
 def test_arguments_of_generate_leave_out_what_does_not_apply() -> None:
     greedy = generate_arguments(resolved().config["decoding"])
     assert greedy == {"do_sample": False, "num_beams": 1}
-    sampling = generate_arguments(resolved(decoding__do_sample=True, decoding__repetition_penalty=1.2).config["decoding"])
+    sampling = generate_arguments(
+        resolved(decoding__do_sample=True, decoding__repetition_penalty=1.2).config["decoding"]
+    )
     assert sampling == {
         "do_sample": True,
         "num_beams": 1,

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
-from tests.runner import fake_world
-from tests.runner.fake_world import FakeBenchmark, FakeLoaded, FakeMethod, install, resolved
 
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Tags
@@ -20,6 +18,8 @@ from mitigate.records import RunRecord, read_samples, sample_files
 from mitigate.runner import compare, run
 from mitigate.runner.comparison import Comparison
 from mitigate.trackers.base import Tracker
+from tests.runner import fake_world
+from tests.runner.fake_world import FakeBenchmark, FakeLoaded, FakeMethod, install, resolved
 
 
 @pytest.fixture
@@ -81,7 +81,11 @@ def test_a_comparison_holds_metrics_differences_effects_and_cost(loads: list[str
     assert (tmp_path / "c" / "report.html").exists()
     for stack in ("none", "turned"):
         assert RunRecord.read(tmp_path / "c" / stack).status == "finished"
-        assert {path.name for path in (tmp_path / "c" / stack).iterdir()} == {"config.json", "record.json", "samples.rank0.jsonl"}
+        assert {path.name for path in (tmp_path / "c" / stack).iterdir()} == {
+            "config.json",
+            "record.json",
+            "samples.rank0.jsonl",
+        }
 
 
 def test_records_hold_the_reply_without_padding_and_the_telemetry(loads: list[str], tmp_path: Path) -> None:
@@ -261,7 +265,9 @@ def test_inference_mode_is_off_and_batches_are_single_where_the_stack_asks_for_i
     assert {(call["inference"], call["rows"]) for call in single} == {(False, 1)}
 
 
-def test_a_method_that_did_nothing_is_flagged(loads: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_that_did_nothing_is_flagged(
+    loads: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [resolved(), resolved("idle", methods={"turn": FakeMethod(period=0)})]
     made = compare(runs, tmp_path / "c", console=Console(width=160))
     assert made is not None
@@ -286,7 +292,7 @@ def test_stacks_that_cannot_be_compared_are_refused(loads: list[str], tmp_path: 
 
 def test_a_geometry_that_is_not_the_models_is_refused(loads: list[str], loaded: FakeLoaded, tmp_path: Path) -> None:
     loaded.facts = ModelFacts(family="fake", layers=9, heads=2, kv_heads=2)
-    with pytest.raises(ConfigError, match="model.layers=4 is configured, but the loaded model has 9"):
+    with pytest.raises(ConfigError, match=r"model\.layers=4 is configured, but the loaded model has 9"):
         quiet(tmp_path / "c")
 
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from tests.runner import fake_world
-from tests.runner.fake_world import FakeBenchmark, FakeLoaded, install, resolved
 
 from mitigate.records import read_samples, sample_files
 from mitigate.runner import run
 from mitigate.runner.batches import plan_batches
 from mitigate.runner.module import BatchDataModule, cut_at_end
+from tests.runner import fake_world
+from tests.runner.fake_world import FakeBenchmark, FakeLoaded, install, resolved
 
 
 def indices(rank: int, world: int, done: set[str]) -> list[int]:
@@ -40,10 +40,11 @@ def test_a_row_is_cut_at_its_first_end_token() -> None:
 @pytest.mark.slow
 def test_two_processes_write_the_records_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
-        "import sys; from pathlib import Path; from rich.console import Console; from tests.runner.fake_world import *\n"
+        "import sys; from rich.console import Console; from tests.runner.fake_world import *\n"
         "from mitigate.runner import run\n"
         "install(setattr, FakeLoaded())\n"
-        "run(resolved('turned', trainer__devices=2, trainer__strategy='ddp'), Path(sys.argv[1]), console=Console(quiet=True))\n"
+        "two = resolved('turned', trainer__devices=2, trainer__strategy='ddp')\n"
+        "run(two, Path(sys.argv[1]), console=Console(quiet=True))\n"
     )
     (tmp_path / "two.py").write_text(script)
     command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path / "two")]

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mitigate.errors import ConfigError
+from mitigate.registry import trackers
+from mitigate.trackers import BUILTIN
+from mitigate.trackers.base import TrackedRun, Tracker
+
+OFFLINE = {"name": "wandb", "mode": "offline", "project": "test", "entity": None, "tags": ["a"]}
+
+
+def read_back(run_dir: Path) -> list[Any]:
+    """Read the records of a finished offline run; W&B's own process may still be writing the last ones."""
+    (path,) = run_dir.glob("*.wandb")
+    deadline = time.monotonic() + 20
+    while True:
+        records = parse(path.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def parse(data: bytes) -> list[Any]:
+    """Read a ``.wandb`` file: a LevelDB log of protobuf records, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    assert data[:4] == b":W&B"
+    records, position, parts = [], 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = trackers().get("wandb")(OFFLINE, tmp_path)
+    tracker.start(TrackedRun(name="first", group="comparison", config={"seed": 3, "methods": {}}, notes="a test bench"))
+    tracker.log({"pope/random/f1": 0.5, "pope/random/f1/low": 0.25})
+    tracker.table("samples", ["picture", "reply"], [[Image.new("RGB", (8, 8)), "a <cat>"]])
+    place = tracker.finish()
+    assert place is not None
+    return Path(place)
+
+
+def test_an_offline_run_holds_group_config_summary_and_samples(offline: Path, tmp_path: Path) -> None:
+    assert offline.parent == tmp_path / "wandb"
+    assert offline.name.startswith("offline-run-")
+    records = read_back(offline)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.run_group, run.display_name, run.project) == ("comparison", "first", "test")
+    assert (run.notes, list(run.tags)) == ("a test bench", ["a"])
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["seed"] == 3
+    summary = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["pope/random/f1"] == 0.5
+    assert summary["pope/random/f1/low"] == 0.25
+    (table,) = (offline / "files" / "media" / "table").iterdir()
+    assert json.loads(table.read_text())["data"][0][1] == "a <cat>"
+    exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
+    assert exits == [0]
+
+
+def test_pictures_are_staged_beside_the_offline_run(offline: Path, tmp_path: Path) -> None:
+    staged = [
+        path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and path.read_bytes()[:4] == b"\x89PNG"
+    ]
+    assert staged
+
+
+def test_nothing_about_the_machine_is_collected(offline: Path) -> None:
+    assert not (offline / "files" / "wandb-metadata.json").exists()
+    assert not (offline / "files" / "requirements.txt").exists()
+    assert not any(record.WhichOneof("record_type") == "stats" for record in read_back(offline))
+
+
+def test_a_wrong_mode_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracker.mode='of' must be one of offline"):
+        trackers().get("wandb")({**OFFLINE, "mode": "of"}, tmp_path)
+
+
+def test_a_failed_run_is_closed_as_failed(tmp_path: Path) -> None:
+    tracker = trackers().get("wandb")(OFFLINE, tmp_path)
+    assert tracker.finish() is None  # never started
+    tracker.start(TrackedRun(name="first", group="comparison", config={}))
+    place = tracker.finish(failed=True)
+    exits = [r.exit.exit_code for r in read_back(Path(place)) if r.WhichOneof("record_type") == "exit"]
+    assert exits == [1]
+
+
+def test_the_none_tracker_imports_no_wandb() -> None:
+    code = (
+        "import sys; from pathlib import Path; from mitigate.registry import trackers\n"
+        "from mitigate.trackers.base import TrackedRun\n"
+        "import mitigate.runner.comparison\n"
+        "tracker = trackers().get('none')({'name': 'none'}, Path('.'))\n"
+        "tracker.start(TrackedRun(name='a', group='b', config={}))\n"
+        "tracker.log({'a': 1.0}); tracker.table('t', [], [])\n"
+        "assert tracker.finish() is None\n"
+        "heavy = {'wandb', 'torch', 'transformers', 'pytorch_lightning'}\n"
+        "loaded = heavy & {name.split('.')[0] for name in sys.modules}\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_builtin_trackers_carry_their_registered_name(name: str) -> None:
+    plugin = trackers().get(name)
+    assert issubclass(plugin, Tracker)
+    assert plugin.name == name
+    assert plugin.summary
+
+
+def test_the_base_class_says_what_is_missing(tmp_path: Path) -> None:
+    tracker = Tracker({}, tmp_path)
+    for call in (
+        lambda: tracker.start(TrackedRun(name="a", group="b", config={})),
+        lambda: tracker.log({}),
+        lambda: tracker.table("t", [], []),
+        tracker.finish,
+    ):
+        with pytest.raises(NotImplementedError, match="Tracker does not define"):
+            call()
