@@ -108,10 +108,12 @@ def row_scores(
     """
     batch, heads, _, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    rows = query[:, :, local].float() * scaling
+    rows = (query if len(local) == query.shape[2] else query[:, :, local]).float() * scaling
     scores = rows.reshape(batch, groups, -1, width) @ key.float().transpose(-1, -2)
     scores = scores.view(batch, heads, len(local), keys)
     lowest = torch.finfo(torch.float32).min
+    if mask is None and query.shape[2] == 1:
+        return scores  # a single cached step sees every key
     if mask is None:
         hidden = torch.arange(keys, device=key.device) > positions[:, None]
         return scores.masked_fill(hidden, lowest)

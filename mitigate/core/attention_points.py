@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +49,18 @@ class AttentionPoints:
         if request is None or frame is None:
             return attention.fused(module, query, key, value, mask, kwargs)
         items = [item for item in self._plan[frame.phase, layer] if self._bus.serves(item, frame)]
-        asked = [(item, self._selection(item.subscription.rows, request, frame, query.device)) for item in items]
-        asked = [(item, selection) for item, selection in asked if selection is not None]
+        asked: list[tuple[BoundSubscription, RowSelection]] = []
+        for item in items:
+            selection = self._selection(item.subscription.rows, request, frame, query.device)
+            if selection is not None:
+                asked.append((item, selection))
         if not asked:
             return attention.fused(module, query, key, value, mask, kwargs)
         attention.refuse_unserved(layer, kwargs)
         if key.shape[2] < frame.stop:
             raise UnsupportedModel(f"layer {layer} keeps only {key.shape[2]} of {frame.stop} keys (sliding window)")
         base = attention.fused(module, query, key, value, mask, kwargs)
-        local = _union([selection for _, selection in asked if selection is not None])
+        local = _union([selection.local for _, selection in asked])
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
         probs, edited = self._edit(asked, layer, request, frame, local, scores)
@@ -67,7 +70,7 @@ class AttentionPoints:
 
     def _edit(
         self,
-        asked: Sequence[tuple[BoundSubscription, RowSelection | None]],
+        asked: Sequence[tuple[BoundSubscription, RowSelection]],
         layer: int,
         request: Request,
         frame: Frame,
@@ -81,7 +84,7 @@ class AttentionPoints:
         for item, selection in asked:
             if item.subscription.point is Point.ATTENTION_PROBS and not softmaxed:
                 matrix, softmaxed = matrix.softmax(-1), True
-            row_mask = _spread(cast(RowSelection, selection), local)
+            row_mask = _spread(selection, local)
             if item.subscription.access is Access.GRADIENT and frame.gradient:
                 # the lowest layer's rows become the graph's leaf; above it they already depend on it
                 matrix = matrix if matrix.requires_grad else matrix.detach().requires_grad_()
@@ -95,26 +98,14 @@ class AttentionPoints:
                 continue
             if item.subscription.access is not Access.WRITE:
                 raise HookError(f"{item.key} returned a value at {item.subscription.point} but subscribed to read only")
-            new = torch.where(row_mask[:, None, :, None], new, matrix)
-            changed = self._count(item, request, matrix, new, row_mask, softmaxed)
+            if not (selection.full and selection.local is local):
+                new = torch.where(row_mask[:, None, :, None], new, matrix)
+            change = _change(matrix, new, softmaxed)
+            request.state(item.key).note_change(change)
+            changed = change > 0
             edited = changed if edited is None else edited | changed
             matrix = new
         return (matrix if softmaxed else matrix.softmax(-1)), edited
-
-    @staticmethod
-    def _count(
-        item: BoundSubscription, request: Request, old: Tensor, new: Tensor, row_mask: Tensor, softmaxed: bool
-    ) -> Tensor:
-        """Count the rows an edit changed and by how much (L1 of the weights, mean over heads); ``[B, R]`` changed."""
-        old, new = old.detach(), new.detach()
-        if not softmaxed:
-            old, new = old.softmax(-1), new.softmax(-1)
-        change = (new - old).abs().sum(-1).mean(1) * row_mask
-        changed = change > 0
-        state = request.state(item.key)
-        state.count("rows_edited", changed.sum(1))
-        state.count("l1_change", change.sum(1))
-        return changed
 
     @staticmethod
     def _selection(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
@@ -132,28 +123,40 @@ def _select(rows: Any, request: Request, frame: Frame, device: torch.device) -> 
             return None  # a chunk of the prompt that predicts nothing
         first = max(frame.start, first_predictor) if rows is Rows.PREDICTORS else frame.stop - 1
         local = torch.arange(first - frame.start, width, device=device)
-        return local, (~request.finished).to(device)[:, None].expand(-1, len(local))
-    if rows is Rows.ALL:
-        return torch.arange(width, device=device), layout.valid[:, frame.start : frame.stop].to(device)
-    wanted = rows(layout)[:, frame.start : frame.stop].to(device)
-    local = wanted.any(0).nonzero().flatten()
-    return (local, wanted[:, local]) if len(local) else None
+        mask = (~request.finished).to(device)[:, None].expand(-1, len(local))
+    elif rows is Rows.ALL:
+        local = torch.arange(width, device=device)
+        mask = layout.valid[:, frame.start : frame.stop].to(device)
+    else:
+        wanted = rows(layout)[:, frame.start : frame.stop].to(device)
+        local = wanted.any(0).nonzero().flatten()
+        mask = wanted[:, local]
+        if not len(local):
+            return None
+    return RowSelection(local, mask, full=bool(mask.all()))
 
 
-def _union(selections: Sequence[RowSelection]) -> Tensor:
-    """Join the local rows of all selections, ascending."""
-    first = selections[0][0]
-    if all(local is first for local, _ in selections):
+def _union(locals_: Sequence[Tensor]) -> Tensor:
+    """Join local row indices, ascending."""
+    first = locals_[0]
+    if all(local is first for local in locals_):
         return first
-    joined: Tensor = torch.unique(torch.cat([local for local, _ in selections]))
+    joined: Tensor = torch.unique(torch.cat(list(locals_)))
     return joined
 
 
 def _spread(selection: RowSelection, local: Tensor) -> Tensor:
     """Express a selection's row mask over the union of rows, ``[B, R]``."""
-    own, mask = selection
-    if own is local:
-        return mask
-    spread = torch.zeros(mask.shape[0], len(local), dtype=torch.bool, device=mask.device)
-    spread[:, torch.searchsorted(local, own)] = mask
+    if selection.local is local:
+        return selection.mask
+    spread = torch.zeros(selection.mask.shape[0], len(local), dtype=torch.bool, device=local.device)
+    spread[:, torch.searchsorted(local, selection.local)] = selection.mask
     return spread
+
+
+def _change(old: Tensor, new: Tensor, softmaxed: bool) -> Tensor:
+    """By how much an edit changed rows: L1 of the weights, mean over heads, ``[B, R]``."""
+    old, new = old.detach(), new.detach()
+    if not softmaxed:
+        old, new = old.softmax(-1), new.softmax(-1)
+    return (new - old).abs().sum(-1).mean(1)

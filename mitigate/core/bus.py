@@ -196,6 +196,8 @@ class HookBus:
         frame = cast(Frame, request.frame)
         active = ~request.finished
         predictors = max(frame.stop - max(frame.start, request.layout.prompt_length - 1), 0)
+        for state in request.states.values():
+            state.count_changes()
         if predictors:
             request.totals.count("forwards", 1.0, active)
             request.totals.count("attention_rows", float(predictors * len(self._layers)), active)

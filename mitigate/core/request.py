@@ -19,7 +19,24 @@ if TYPE_CHECKING:
     from mitigate.core.bus import HookBus
     from mitigate.core.points import Event
 
-RowSelection = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class RowSelection:
+    """The query rows of one forward that a subscription asked for.
+
+    Parameters
+    ----------
+    local
+        ``[R]`` indices into the Q rows of the forward, ascending.
+    mask
+        ``[B, R]`` False where a sample has finished or did not ask for the row.
+    full
+        Whether the mask is True everywhere.
+    """
+
+    local: Tensor
+    mask: Tensor
+    full: bool
 
 
 @dataclass
@@ -154,6 +171,8 @@ class Request:
         phase = Phase.PREFILL if stop <= prompt else Phase.DECODE
         if phase is Phase.DECODE and last_ids is not None and len(self.end_tokens):
             self.finished = self.finished | torch.isin(last_ids, self.end_tokens)
+        for state in self.states.values():
+            state.forward.clear()
         self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
         return self.frame
 

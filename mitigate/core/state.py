@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class MethodState(SimpleNamespace):
     """What a method remembers during one request: free attributes, plus counters per request row.
 
-    Attributes are the method's own (``state.history = ...``). A new request starts with a new state.
+    Attributes are the method's own (``state.history = ...``). A new request starts with a new state; `forward` is
+    emptied before every forward.
     """
 
     def __init__(self, key: str, rows: int) -> None:
@@ -24,6 +25,26 @@ class MethodState(SimpleNamespace):
         self._rows = rows
         self._counters: dict[str, Tensor] = {}
         self._seconds = 0.0
+        self._changes: list[Tensor] = []
+        self.forward: dict[str, Any] = {}
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a value that is the same for all layers of a forward, computed the first time it is asked for."""
+        if name not in self.forward:
+            self.forward[name] = compute()
+        return self.forward[name]
+
+    def note_change(self, change: Tensor) -> None:
+        """Note by how much an edit changed attention rows, ``[B, R]`` (L1); counted at the end of the forward."""
+        self._changes.append(change.detach())
+
+    def count_changes(self) -> None:
+        """Count the attention rows changed in the forward that ends: ``rows_edited`` and ``l1_change``."""
+        if self._changes:
+            changes = torch.cat(self._changes, 1)
+            self.count("rows_edited", (changes > 0).sum(1))
+            self.count("l1_change", changes.sum(1))
+            self._changes.clear()
 
     def spend(self, seconds: float) -> None:
         """Add to the time spent in the method's handlers, shared out among the rows."""

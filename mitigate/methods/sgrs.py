@@ -172,14 +172,9 @@ class SGRS(Method):
         """Draw, score, accept or reject, for all rows at once (Algorithm 1)."""
         if state.get("history") is None:
             state.history = [[] for _ in range(event.layout.rows)]
-        probs = event.logits.softmax(-1)
-        top = probs.topk(min(self.top_k, probs.shape[-1]), dim=-1)
-        draw = Draw(
-            top.indices,
-            top.values,
-            torch.ones_like(top.indices, dtype=torch.bool),
-            torch.full_like(top.values, torch.nan),
-        )
+        # the caller's logits processors decide what may be proposed; without any, scores are the raw logits
+        top = event.scores.softmax(-1).topk(min(self.top_k, event.scores.shape[-1]), dim=-1)
+        draw = Draw(top.indices, top.values, alive=top.values > 0, saliency=torch.full_like(top.values, torch.nan))
         columns = self._earlier_text(event)
         scored = event.active & columns.any(-1)
         state.count("steps", 1.0, event.active)
@@ -226,7 +221,7 @@ class SGRS(Method):
     def _fall_back(self, event: SelectToken, state: MethodState, draw: Draw, left: Tensor, columns: Tensor) -> Tensor:
         """All draws rejected: take the most salient of all candidates, scoring those not drawn; ``[B]`` places."""
         for place in range(draw.tokens.shape[1]):
-            missing = left & draw.saliency[:, place].isnan()
+            missing = left & draw.saliency[:, place].isnan() & (draw.probs[:, place] > 0)
             self._score(event, state, draw, torch.full_like(draw.tokens[:, 0], place), missing, columns)
         state.count("fallbacks", 1.0, left)
         best = draw.saliency.nan_to_num(nan=-torch.inf).argmax(-1)

@@ -210,3 +210,17 @@ def test_every_switch_is_compared():
     assert {case[2] for case in table} == {"row_l2", "row_l1", "row_max", "none"}
     assert {case[3] for case in table} == {"mean", "sum", "window_sum"}
     assert set(itertools.chain.from_iterable(case[:2] for case in table)) >= {"sample", "greedy_order", "generated"}
+
+
+def test_logits_processors_of_the_caller_are_respected(model):
+    """A token the caller forbids is neither proposed nor taken as fallback."""
+    inputs = make_inputs(model, PROMPTS, seed=2)
+    method = SGRS(alpha=5.0, top_k=3, **LAYERS)
+    free, _ = generate(model, [method], inputs, seed=1)
+    banned = sorted(set(free.flatten().tolist()) - {PAD})
+    tokens, telemetry = generate(model, [method], inputs, seed=1, suppress_tokens=banned)
+    assert not set(tokens.flatten().tolist()) & set(banned)
+    assert sum(sample["sgrs"]["fallbacks"] for sample in telemetry) > 0
+    only = [token for token in range(100) if token != 42]
+    tokens, _ = generate(model, [method], inputs, steps=3, suppress_tokens=only)
+    assert set(tokens.flatten().tolist()) == {42}
