@@ -31,7 +31,7 @@ def outside_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (conf / "experiment" / "outside.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /stack: outside_pair\n"
-        "seed: 5\nmethods:\n  toy:\n    strict: true\n"
+        "seed: 5\nmethods:\n  toy:\n    strict: true\n    layers: 0-2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("mitigate.compose.search_path.config_packages", lambda: {"outside": "outside_configs"})
@@ -102,6 +102,7 @@ def test_experiments_set_groups_and_values(outside_configs: Path) -> None:
     assert (run.config["seed"], run.provenance["seed"]) == (5, "experiment outside")
     assert sources(run, "toy")["strict"] == (True, "experiment outside")
     assert sources(run, "toy")["beta"] == (0.3, "stack outside_pair")
+    assert sources(run, "toy")["layers"] == ("0-2", "experiment outside")  # over the stack's 0-1
 
 
 def test_values_of_a_preset_for_methods_that_are_not_selected(outside_configs: Path) -> None:
