@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -85,10 +86,8 @@ class Handle:
             raise StackConflict(
                 "the stack selects tokens, which model.generate cannot do; call handle.generate instead"
             )
-        if args:
-            kwargs["input_ids"] = args[0]
-            if len(args) > 1:
-                raise ConfigError("pass arguments of generate by keyword while a stack is attached")
+        names = list(inspect.signature(original).parameters)
+        kwargs.update(zip(names, args, strict=False))
         with self._request(kwargs, 0, None):
             return original(**kwargs)
 

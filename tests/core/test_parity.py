@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from mitigate.core.stack import Stack
 from mitigate.methods.control_random import ControlRandom
@@ -117,6 +118,27 @@ def test_dropping_samples_from_a_batch_changes_nothing_for_the_others(model):
         rows = {name: value[1:] for name, value in inputs.items()}
         two = run(handle.generate, rows, sample_ids=["b", "c"])
     assert torch.equal(all_three[1:, : two.shape[1]], two)
+
+
+def test_positional_arguments_of_generate(model):
+    inputs = make_inputs(model, PROMPTS[:2], seed=4)
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with Stack(STACKS["locore"]).attach(model):
+        by_keyword = model.generate(**inputs, generation_config=config)
+        assert torch.equal(model.generate(inputs["input_ids"], config, **rest), by_keyword)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stack", STACKS)
+def test_half_precision_runs_and_stays_finite(stack, dtype):
+    model = tiny_llava(seed=1).to(dtype)
+    inputs = make_inputs(model, PROMPTS[:2], seed=1)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with Stack(STACKS[stack]).attach(model) as handle:
+        out = run(handle.generate, inputs, return_dict_in_generate=True, output_logits=True, do_sample=False)
+        assert torch.stack(out.logits).isfinite().all()
+        assert all(value == value for value in handle.telemetry()[0]["bus"].values())
 
 
 def test_chunked_prefill_equals_whole_prefill(model):
