@@ -11,6 +11,7 @@ import torch
 
 from mitigate.core import Access, Fidelity, Method, Phase, Point, Rows, Subscription, Tags
 from mitigate.core.stack import Stack
+from tests.references import runs
 from tests.references.tiny import PAD, full_forward, make_inputs, split_rows, tiny_llava
 
 PROMPTS = [(3, 1, 6), (2, 1, 3)]
@@ -40,12 +41,7 @@ class Probe(Method):
 
 
 def generate(model, methods, inputs, steps=3, **kwargs):
-    with Stack(methods).attach(model) as handle:
-        out = handle.generate(
-            **inputs, max_new_tokens=steps, do_sample=False, pad_token_id=PAD, eos_token_id=3,
-            return_dict_in_generate=True, output_logits=True, **kwargs,
-        )  # fmt: skip
-        return out, handle.telemetry()
+    return runs.generate(model, methods, inputs, steps, eos_token_id=3, **kwargs)
 
 
 def test_all_rows_equal_the_eager_matrix(model):

@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 
-from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError
 from mitigate.methods.locore import LocoRE
-from tests.references import naive_locore
+from tests.references import naive_locore, runs
 from tests.references.tiny import EOS, PAD, make_inputs, split_rows, tiny_llava
 
 # one, two and no text after the picture; one and two pictures; left padding
@@ -19,17 +18,7 @@ MODES = ("post_raw", "post_renorm", "logit_bias", "logit_scale")
 
 
 def generate(model, method, inputs, steps=7, **kwargs):
-    with Stack([method]).attach(model) as handle:
-        out = handle.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            pad_token_id=PAD,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **kwargs,
-        )
-        return out, handle.telemetry()
+    return runs.generate(model, [method], inputs, steps, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError
 from mitigate.methods.scr import SCR, choose
-from tests.references import naive_scr
-from tests.references.tiny import EOS, PAD, make_inputs, split_rows, tiny_llava
+from tests.references import naive_scr, runs
+from tests.references.tiny import EOS, make_inputs, split_rows, tiny_llava
 
 PROMPTS = [(3, 1, 6), (2, 2, 4), (5, 1, 0)]
 #: Rank values of the hand-made 5x5 grid; the border holds the largest and must never become a source.
@@ -17,17 +16,7 @@ GRID = [9, 9, 9, 9, 9, 9, 5, 3, 2, 9, 9, 4, 6, 1, 9, 9, 0.5, 0.7, 0.9, 9, 9, 9, 
 
 
 def generate(model, method, inputs, steps=6, **kwargs):
-    with Stack([method]).attach(model) as handle:
-        out = handle.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            pad_token_id=PAD,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **kwargs,
-        )
-        return out, handle.telemetry()
+    return runs.generate(model, [method], inputs, steps, **kwargs)
 
 
 @pytest.mark.parametrize("ownership", ["topk_then_exclude", "greedy_nms"])
