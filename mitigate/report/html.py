@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +76,13 @@ _NOT_CLEAR = "No difference beyond the 95 % interval"
 _SECTIONS = ("quality", "difference", "test", "cost", "effect")
 
 
-def _families(quality: Sequence[Column]) -> list[list[Column]]:
+def _families(quality: Sequence[Column]) -> dict[str, list[Column]]:
     """Split the quality columns into one table per family of metrics, so that a table stays readable."""
     families: dict[str, list[Column]] = {}
     for column in quality:
-        families.setdefault(column.group.split("\n")[0], []).append(column)
-    return list(families.values())
+        family, _, part = column.group.partition("\n")
+        families.setdefault(family, []).append(replace(column, group=part))
+    return families
 
 
 def summary(comparison: Mapping[str, Any]) -> list[str]:
@@ -100,7 +102,7 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
                 continue
             amount = "" if difference["value"] is None else f" ({number(unit * difference['value'], sign=True)})"
             groups[_verdict(metric, difference)].append(f"{stack}{amount if difference['excludes_zero'] else ''}")
-        shown = number(None if value is None else unit * value)
+        shown = "undefined" if value is None else number(unit * value)
         parts = [f"{verdict}: {', '.join(stacks)}." for verdict, stacks in groups.items() if stacks]
         sentences.append(" ".join([f"{metric['title']} is {shown} with {baseline}.", *parts]))
     return sentences

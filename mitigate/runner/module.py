@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mitigate.records import Telemetry
     from mitigate.runner.batches import Batch
 
-WARM_UP_TOKENS = 4
+WARM_UP_TOKENS = 2
 SEED_STRIDE = 1_000_003
 
 
@@ -126,6 +126,7 @@ class StackModule(lightning.LightningModule):
         self._open = ExitStack()
         self._handle: Any = None
         self._writer: Any = None
+        self._warm = False
 
     def on_predict_start(self) -> None:
         """Attach the stack, now that the model is on its device."""
@@ -151,15 +152,14 @@ class StackModule(lightning.LightningModule):
         batch, images = data
         inputs = self.loaded.inputs([sample.prompt for sample in batch.samples], images)
         ids = [sample.id for sample in batch.samples]
-        arguments = {**inputs, **self.arguments, "seed": self.seed, "sample_ids": ids}
-        if not self._warm:  # the first call pays for lazy initialisation; no stack should be charged for it
-            self._handle.generate(**arguments, max_new_tokens=min(WARM_UP_TOKENS, batch.max_new_tokens))
+        if not self._warm:  # lazy initialisation must not be charged to whichever stack comes first
+            self._generate(inputs, ids, min(WARM_UP_TOKENS, batch.max_new_tokens))
             self._warm = True
         # transformers samples from the global generator: a batch draws the same whatever ran before it.
         torch.manual_seed(self.seed * SEED_STRIDE + batch.index)
         self._synchronize()
         started = time.perf_counter()
-        sequences = self._handle.generate(**arguments, max_new_tokens=batch.max_new_tokens)
+        sequences = self._generate(inputs, ids, batch.max_new_tokens)
         self._synchronize()
         seconds = (time.perf_counter() - started) / len(ids)
         generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :].tolist()
@@ -167,6 +167,9 @@ class StackModule(lightning.LightningModule):
         records = [self._record(*row, seconds) for row in rows if row[0].id not in self.done]
         self._writer.extend(records)
         self.advance(len(records) * self.trainer.world_size)
+
+    def _generate(self, inputs: Mapping[str, Any], ids: list[str], limit: int) -> Any:
+        return self._handle.generate(**inputs, **self.arguments, seed=self.seed, sample_ids=ids, max_new_tokens=limit)
 
     def _record(self, sample: Sample, tokens: list[int], telemetry: Telemetry, seconds: float) -> SampleRecord:
         tokens, finished = cut_at_end(tokens, self._end_tokens())

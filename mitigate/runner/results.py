@@ -63,7 +63,7 @@ def summarise(
             "format": FORMAT,
             "name": name,
             "benchmark": {"name": benchmark.name, "version": benchmark.version, **benchmark.params()},
-            "model": first.config["model"]["name"],
+            "model": _model(first.config["model"]),
             "baseline": baseline,
             "seed": seed,
             "n_images": len({record.image_id for record in answers[first.stack_name].values()}),
@@ -77,6 +77,12 @@ def summarise(
             "prompt_hash": records[first.stack_name].prompt_hash,
         }
     )
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    """Return a model's name, with where it was loaded from if that says more."""
+    name, path = str(config["name"]), str(config["path"])
+    return name if name == path else f"{name} ({path})"
 
 
 def _about(metric: Metric) -> dict[str, Any]:

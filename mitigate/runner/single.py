@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -48,8 +49,23 @@ class ModelCache:
         arguments = {key: config[key] for key in ("dtype", "attn_implementation", "revision", "trust_remote_code")}
         key = json.dumps({**arguments, "path": config["path"]}, sort_keys=True)
         if key not in self.models:
-            self.models[key] = load_model(config["path"], **arguments)
+            with _no_loading_bar():
+                self.models[key] = load_model(config["path"], **arguments)
         return self.models[key]
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Silence transformers' own bar, which would tear the runner's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def run_stack(

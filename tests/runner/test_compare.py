@@ -112,7 +112,7 @@ def test_the_model_is_loaded_once_and_warmed_up_for_every_stack(
     assert loads == ["testbed"]
     per_stack = 2 + 5  # captions and questions of six pictures in batches of four
     assert len(loaded.model.calls) == 2 * (per_stack + 1)
-    assert [call["max_new_tokens"] for call in loaded.model.calls[:2]] == [4, 12]
+    assert [call["max_new_tokens"] for call in loaded.model.calls[:2]] == [2, 12]
     assert loaded.model.attached == 0
 
 
