@@ -100,7 +100,8 @@ def test_greedy_reference_equals_generate_and_is_not_constant(model, rows):
         tokens, logits = naive_locore.generate(model, **row, **{**LOCORE, "beta": 0.0}, max_new_tokens=6, eos=[EOS])
         out = model.generate(**row, max_new_tokens=6, do_sample=False)
         assert tokens == out[0, row["input_ids"].shape[1] :].tolist()
-        assert len(set(tokens)) > 1 and logits.shape == (len(tokens), 100)
+        assert len(set(tokens)) > 1
+        assert logits.shape == (len(tokens), 100)
 
 
 def test_attention_is_not_uniform_and_the_image_matters(model, rows):
@@ -128,7 +129,8 @@ def test_model_and_processor_round_trip(tmp_path: Path):
     inputs = processor(images=[[picture], [picture]], text=[prompt, longer], return_tensors="pt", padding=True)
     assert inputs["input_ids"].eq(IMAGE).sum(1).tolist() == [16, 16]
     assert inputs["input_ids"].eq(3).sum() == 0  # no unknown word
-    assert inputs["attention_mask"][0, 0] == 0 and inputs["input_ids"][0, 0] == PAD
+    assert inputs["attention_mask"][0, 0] == 0
+    assert inputs["input_ids"][0, 0] == PAD
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, original(**inputs).logits)
     out = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -141,7 +143,8 @@ def test_model_and_processor_round_trip(tmp_path: Path):
 def test_locore_row_worked_by_hand():
     gamma = naive_locore.gain_matrix(6, 6, 3, 0.15, 2)
     assert naive_locore.window_keys(5, 3, 2) == [3, 4]
-    assert gamma[5].tolist() == [1, 1, 1, 1.15, 1.15, 1] and (gamma[:5] == 1).all()
+    assert gamma[5].tolist() == [1, 1, 1, 1.15, 1.15, 1]
+    assert (gamma[:5] == 1).all()
     a = torch.zeros(1, 6, 6)
     a[0, 5] = torch.tensor([0.40, 0.10, 0.10, 0.10, 0.20, 0.10])
     raw = naive_locore.apply_probs(a, gamma, "post_raw")[0, 5]
@@ -167,7 +170,8 @@ def test_locore_window_starts_at_the_right_key(model, rows):
     assert naive_locore.output_start(model, ids, prompt, "after_image") == prompt - 4
     assert naive_locore.output_start(model, ids, prompt, "generated") == prompt
     assert naive_locore.output_start(model, rows[2]["input_ids"], 40, "after_image") == 40  # image last
-    assert naive_locore.window_keys(10, 9, 5) == [9] and naive_locore.window_keys(9, 9, 5) == []
+    assert naive_locore.window_keys(10, 9, 5) == [9]
+    assert naive_locore.window_keys(9, 9, 5) == []
     assert naive_locore.window_keys(20, 9, 5) == [15, 16, 17, 18, 19]
 
 
@@ -252,15 +256,18 @@ def test_scr_grid_worked_by_hand():
     three = naive_scr.choose(HAND_GRID, 3)
     assert [divmod(s, 5) for s in three[0]] == [(2, 2), (1, 1), (2, 1)]
     assert owned(three, 2, 2) == [(1, 2), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)]
-    assert len(owned(three, 1, 1)) == 5 and owned(three, 2, 1) == [(3, 0)]
+    assert len(owned(three, 1, 1)) == 5
+    assert owned(three, 2, 1) == [(3, 0)]
     greedy = naive_scr.choose(HAND_GRID, 2, "greedy_nms")
-    assert greedy[0] == [12] and len(owned(greedy, 2, 2)) == 8
+    assert greedy[0] == [12]
+    assert len(owned(greedy, 2, 2)) == 8
 
 
 def test_scr_choice_edge_cases():
     assert naive_scr.choose(torch.rand(2, 7), 4) == ([], {})
     sources, owners = naive_scr.choose(HAND_GRID, 100)
-    assert len(sources) == 9 and len(owners) == 16
+    assert len(sources) == 9
+    assert len(owners) == 16
     tied, _ = naive_scr.choose(torch.ones(4, 5), 2)
     assert tied == [6, 7]
     four = naive_scr.choose(HAND_GRID, 1, neighbourhood="4")[1]
@@ -372,7 +379,8 @@ def test_sgrs_precision_bounds_and_columns(model, rows):
     single = naive_sgrs.saliency(model, ids, pixels, [7, 30, 64], layers=[2, 3])
     double = naive_sgrs.saliency(model, ids, pixels, [7, 30, 64], layers=[2, 3], dtype=torch.float64)
     close(single, double, 1e-5)
-    assert len(set(single)) == 3 and all(0 < s <= 1 / math.sqrt(5) for s in single)
+    assert len(set(single)) == 3
+    assert all(0 < s <= 1 / math.sqrt(5) for s in single)
     assert naive_sgrs.output_columns(model, ids, 44, "after_image", True) == [39, 40, 41, 42, 43]
     assert naive_sgrs.output_columns(model, ids, 44, "after_image", False) == [39, 40, 41, 42]
     assert naive_sgrs.output_columns(model, ids, 44, "generated", True) == []
@@ -419,11 +427,16 @@ def test_sgrs_bookkeeping_of_rejection_and_fallback(model, rows):
 
     tokens, trace = naive_sgrs.generate(model, **rows[0], **{**SGRS, "alpha": 50.0}, draws=draws, max_new_tokens=3)
     assert calls == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert trace[0]["tau"] == 0 and not trace[0]["fallback"] and len(trace[0]["S"]) == 1
+    assert trace[0]["tau"] == 0
+    assert not trace[0]["fallback"]
+    assert len(trace[0]["S"]) == 1
     for record in trace[1:]:
-        assert record["fallback"] and record["rejected"] == record["candidates"][:2]
-        assert len(record["S"]) == 4 and record["token"] == max(record["S"], key=record["S"].get)
-    assert len(trace[2]["history"]) == 3 and tokens == [record["token"] for record in trace]
+        assert record["fallback"]
+        assert record["rejected"] == record["candidates"][:2]
+        assert len(record["S"]) == 4
+        assert record["token"] == max(record["S"], key=record["S"].get)
+    assert len(trace[2]["history"]) == 3
+    assert tokens == [record["token"] for record in trace]
     close(trace[2]["tau"], 50 * sum(trace[1]["history"]) / 2, 1e-9)
     _, stale = naive_sgrs.generate(
         model, **rows[0], **{**SGRS, "alpha": 50.0}, draws=draws, max_new_tokens=2, history_on_fallback=False
@@ -435,14 +448,20 @@ def test_sgrs_skips_without_output_columns(model, rows):
     greedy, _ = naive_locore.generate(model, **rows[0], **{**LOCORE, "beta": 0.0}, max_new_tokens=1)
     late = {**SGRS, "history_start": "generated"}
     tokens, trace = naive_sgrs.generate(model, **rows[0], **late, draws=lambda step, draw: 0.99, max_new_tokens=2)
-    assert tokens[0] == greedy[0] and trace[0]["skipped"] and trace[0]["history"] == [] and trace[0]["S"] == {}
-    assert trace[1]["J"] == [44] and len(trace[1]["history"]) == 1 and tokens[1] == trace[1]["candidates"][-1]
+    assert tokens[0] == greedy[0]
+    assert trace[0]["skipped"]
+    assert trace[0]["history"] == []
+    assert trace[0]["S"] == {}
+    assert trace[1]["J"] == [44]
+    assert len(trace[1]["history"]) == 1
+    assert tokens[1] == trace[1]["candidates"][-1]
     tokens, _ = naive_sgrs.generate(
         model, **rows[0], **late, draws=lambda step, draw: 0.99, max_new_tokens=1, on_skip="proposal"
     )
     assert tokens[0] != greedy[0]
     image_last, trace = naive_sgrs.generate(model, **rows[2], **SGRS, proposal="greedy_order", max_new_tokens=1)
-    assert trace[0]["skipped"] and len(image_last) == 1
+    assert trace[0]["skipped"]
+    assert len(image_last) == 1
 
 
 @pytest.mark.parametrize("mode", ["post_raw", "logit_bias"])
