@@ -1,4 +1,4 @@
-"""One framework for stopping vision-language models from hallucinating: small method plugins, stacks, fair comparison."""
+"""One framework for stopping vision-language models from hallucinating: method plugins, stacks, fair comparison."""
 
 from __future__ import annotations
 
