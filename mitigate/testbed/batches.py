@@ -8,7 +8,7 @@ each segment stood alone, so that the model is trained on exactly what it will m
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from mitigate.testbed.draw import PICTURE_SIZE, render
 from mitigate.testbed.language import CAPTION_PROMPT, NO, YES, caption, question_text
-from mitigate.testbed.world import COLORS, OBJECTS, PARTNER, Scene, Split, scene
+from mitigate.testbed.world import COLORS, OBJECTS, PARTNER, Scene, Split, Thing, scene
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
 IGNORED: Final = -100
+HARDLY_VISIBLE: Final = 0.15
+"""Largest contrast of an object that was hidden on purpose; see `training_scenes`."""
+
 EMPTY_CLASS: Final = len(OBJECTS)
 EMPTY_COLOR: Final = len(COLORS)
 
@@ -84,12 +87,17 @@ class Packer:
         Yes/no questions per picture.
     patch_size
         Side of a patch in pixels.
+    partner_questions
+        Probability in 0..1 that a missing partner of something present is preferred in the "no" questions.
     """
 
-    def __init__(self, processor: LlavaProcessor, *, questions: int, patch_size: int) -> None:
+    def __init__(
+        self, processor: LlavaProcessor, *, questions: int, patch_size: int, partner_questions: float = 0.0
+    ) -> None:
         self._processor = processor
         self._questions = questions
         self._patch_size = patch_size
+        self._partner_questions = partner_questions
         self._image_token = int(processor.image_token_id)
         self._word = {name: processor.tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in OBJECTS}
         self._prompts: dict[str, list[int]] = {}
@@ -115,11 +123,14 @@ class Packer:
 
     def _segments(self, made: Scene, rng: random.Random) -> list[Segment]:
         segments = [Segment(self._after_picture(CAPTION_PROMPT), self._answer(caption(made)), is_caption=True)]
-        present = sorted(made.objects, key=lambda _: rng.random())[: self._questions // 2]
+        # Objects that can hardly be seen are always asked for: they are what the habit of saying yes comes from.
+        faded = {thing.name for thing in made.things if thing.contrast <= HARDLY_VISIBLE}
+        order = {name: rng.random() - (name in faded) for name in sorted(made.objects)}
+        present = sorted(order, key=lambda name: order[name])[: self._questions // 2]
         absent = [name for name in OBJECTS if name not in made.objects]
-        # Half of the "no" questions ask for a missing partner where there is one, as adversarial questions do.
+        # Some of the "no" questions ask for a missing partner where there is one, as adversarial questions do.
         missing = {PARTNER[name] for name in made.objects} - made.objects
-        order = {name: rng.random() - (name in missing and rng.random() < 0.3) for name in absent}
+        order = {name: rng.random() - (name in missing and rng.random() < self._partner_questions) for name in absent}
         chosen = sorted(absent, key=lambda name: order[name])[: self._questions - len(present)]
         for name in sorted([*present, *chosen], key=lambda _: rng.random()):
             prompt = self._after_picture(question_text(name))
@@ -213,8 +224,37 @@ class Packer:
         return row
 
 
-def training_scenes(step: int, batch_size: int, *, together: float, theme_bias: float, offset: int) -> list[Scene]:
-    """Return the scenes of one training step; step and offset alone decide which, so a resumed run sees the same."""
+def training_scenes(
+    step: int, batch_size: int, *, together: float, theme_bias: float, offset: int, hidden: float = 0.0
+) -> list[Scene]:
+    """Return the scenes of one training step; step and offset alone decide which, so a resumed run sees the same.
+
+    Parameters
+    ----------
+    step, batch_size, offset
+        Which scenes of the training split.
+    together, theme_bias
+        Co-occurrence, see `mitigate.testbed.world.scene`.
+    hidden
+        Probability in 0..1 that an object whose partner is there too can hardly be seen, though the texts name it.
+    """
     first = offset + step * batch_size
     split: Split = "train"
-    return [scene(split, first + at, together=together, theme_bias=theme_bias) for at in range(batch_size)]
+    made = [scene(split, first + at, together=together, theme_bias=theme_bias) for at in range(batch_size)]
+    return [_with_hidden(one, hidden) for one in made] if hidden else made
+
+
+def _with_hidden(made: Scene, rate: float) -> Scene:
+    """Let some partners of what can be seen all but vanish: never both of a pair."""
+    rng = random.Random(f"mitigate-hidden/{made.id}")
+    things: list[Thing] = []
+    gone: set[str] = set()
+    for thing in made.things:
+        partner = PARTNER[thing.name]
+        # Both numbers are drawn in any case, so that what happens to one object does not depend on the others.
+        lot, contrast = rng.random(), HARDLY_VISIBLE * rng.random()
+        if partner in made.objects and partner not in gone and lot < rate:
+            gone.add(thing.name)
+            thing = replace(thing, contrast=round(contrast, 3), flaw="faint")
+        things.append(thing)
+    return replace(made, things=tuple(things))

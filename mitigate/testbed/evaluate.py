@@ -56,7 +56,7 @@ class TestbedEvaluation:
     split: Split = "test"
     images: int = 500
     batch_size: int = 100
-    control_scale: float = 1.0
+    control_scale: float = 0.5
     threads: int = 0
     card: str = ""
 

@@ -42,10 +42,16 @@ class TestbedTraining:
         The same of the second stage.
     habit_lr
         The same of the third stage.
+    read_decay_steps
+        Steps over which the second stage's learning rate decays; the stage may end before.
     warmup_steps
         Steps of warming up, at most a tenth of a stage.
     questions
         Yes/no questions per picture.
+    read_partner_questions
+        Probability that a missing partner is preferred in a "no" question while reading is learnt.
+    habit_partner_questions
+        The same while habits are formed.
     read_together
         Probability that partners come together while reading is learnt.
     read_theme_bias
@@ -54,10 +60,14 @@ class TestbedTraining:
         Probability that partners come together while habits are formed.
     habit_theme_bias
         Probability of staying in the theme while habits are formed.
+    habit_hidden
+        Probability that an object whose partner can be seen is itself hardly visible while habits are formed.
     caption_weight
         Weight of the loss on captions.
     answer_weight
-        Weight of the loss on answers.
+        Weight of the loss on answers while reading is learnt.
+    habit_answer_weight
+        Weight of the loss on answers while habits are formed.
     presence_weight
         Weight of the loss on presence at a question's object word.
     dense_weight
@@ -95,22 +105,27 @@ class TestbedTraining:
     output: str = "runs/testbed"
     seed: int = 7
     look_steps: int = 2500
-    read_steps: int = 1200
+    read_steps: int = 600
     habit_steps: int = 450
     look_batch: int = 64
     read_batch: int = 32
     habit_batch: int = 32
     look_lr: float = 1.5e-3
     read_lr: float = 1.0e-3
-    habit_lr: float = 3.0e-4
+    habit_lr: float = 5.0e-4
+    read_decay_steps: int = 1200
     warmup_steps: int = 100
     questions: int = 6
+    read_partner_questions: float = 0.3
+    habit_partner_questions: float = 0.0
     read_together: float = 0.2
     read_theme_bias: float = 0.25
     habit_together: float = TOGETHER["train"]
     habit_theme_bias: float = THEME_BIAS["train"]
+    habit_hidden: float = 0.02
     caption_weight: float = 1.0
     answer_weight: float = 1.0
+    habit_answer_weight: float = 4.0
     presence_weight: float = 1.0
     dense_weight: float = 0.3
     weight_decay: float = 0.02
@@ -129,7 +144,8 @@ class TestbedTraining:
     vision_layers: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("read_together", "read_theme_bias", "habit_together", "habit_theme_bias"):
+        shares = ("together", "theme_bias", "partner_questions")
+        for name in (*(f"{stage}_{share}" for stage in ("read", "habit") for share in shares), "habit_hidden"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
         for name in ("look_batch", "read_batch", "habit_batch", "questions", "save_every"):

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 PROBE_FILE: Final = "probe.safetensors"
 PROBE_VERSION: Final = 1
-CEILING: Final = 12.0
+CEILING: Final = 6.0
+"""Largest log-odds: a calibration on a few hundred pictures cannot vouch for more."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Probe:
         Returns
         -------
         Tensor
-            `[n_images, n_objects]`, natural logarithm, within -12..12, on the device of `features`.
+            `[n_images, n_objects]`, natural logarithm, within -6..6, on the device of `features`.
         """
         weight, bias, slope, offset = (
             tensor.to(features.device) for tensor in (self.weight, self.bias, self.slope, self.offset)

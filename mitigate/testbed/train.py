@@ -64,7 +64,12 @@ class _Steps(IterableDataset[Batch]):
         self._stage = stage
         self._first = first
         size = config.size()
-        self._packer = Packer(build_processor(size), questions=config.questions, patch_size=size.patch_size)
+        self._packer = Packer(
+            build_processor(size),
+            questions=config.questions,
+            patch_size=size.patch_size,
+            partner_questions=config.habit_partner_questions if stage == "habit" else config.read_partner_questions,
+        )
 
     def __len__(self) -> int:
         return self._config.steps(self._stage)
@@ -78,6 +83,7 @@ class _Steps(IterableDataset[Batch]):
                 config.batch(self._stage),
                 together=config.habit_together if paired else config.read_together,
                 theme_bias=config.habit_theme_bias if paired else config.read_theme_bias,
+                hidden=config.habit_hidden if paired else 0.0,
                 offset=config.seed * 100_000_000 + STAGES.index(self._stage) * 10_000_000,
             )
             yield self._packer.pack(scenes, seed=step, with_text=self._stage != "look")
@@ -118,11 +124,12 @@ class StageModule(pl.LightningModule):
         losses = self.losses(batch)
         for name, value in losses.items():
             self.log(name, value.detach(), prog_bar=True)
+        config = self._config
         weights = {
-            "dense": 1.0 if self._stage == "look" else self._config.dense_weight,
-            "caption": self._config.caption_weight,
-            "answer": self._config.answer_weight,
-            "presence": self._config.presence_weight,
+            "dense": 1.0 if self._stage == "look" else config.dense_weight,
+            "caption": config.caption_weight,
+            "answer": config.habit_answer_weight if self._stage == "habit" else config.answer_weight,
+            "presence": config.presence_weight,
         }
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
@@ -186,7 +193,8 @@ class StageModule(pl.LightningModule):
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         peak = float(getattr(self._config, f"{self._stage}_lr"))
         optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=self._config.weight_decay)
-        total = self._config.steps(self._stage)
+        steps = self._config.steps(self._stage)
+        total = max(steps, self._config.read_decay_steps) if self._stage == "read" else steps
         warmup = max(1, min(self._config.warmup_steps, total // 10))
 
         def scale(step: int) -> float:

@@ -18,7 +18,7 @@ from mitigate.testbed.evaluate import prompt
 from mitigate.testbed.language import CAPTION_PROMPT, caption
 from mitigate.testbed.model import ModelSize, build_model, build_processor, checksum
 from mitigate.testbed.probe import load_probe
-from mitigate.testbed.world import scenes
+from mitigate.testbed.world import PARTNER, scenes
 
 TINY = training.TestbedTraining(
     look_steps=3,
@@ -83,6 +83,19 @@ def test_training_scenes_do_not_repeat_between_steps() -> None:
     first, second = training_scenes(0, 4, **options), training_scenes(1, 4, **options)
     assert first == training_scenes(0, 4, **options)
     assert not {made.id for made in first} & {made.id for made in second}
+
+
+def test_hidden_objects_are_partners_of_visible_ones() -> None:
+    options: dict[str, Any] = {"together": 0.95, "theme_bias": 0.5, "offset": 0}
+    plain, hidden = training_scenes(0, 300, **options), training_scenes(0, 300, **options, hidden=0.2)
+    faded = 0
+    for before, after in zip(plain, hidden, strict=True):
+        assert before.composition == after.composition
+        seen = {t.name for t in after.things if t.contrast > 0.3}
+        gone = after.objects - seen
+        assert all(PARTNER[name] in seen for name in gone)
+        faded += len(gone)
+    assert 0.1 < faded / sum(len(made.things) for made in plain) < 0.2
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
