@@ -1,0 +1,1 @@
+"""Configuration files; packaged as ``mitigate.conf``."""
