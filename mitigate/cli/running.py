@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def _metrics(job: ResolvedRun, record: RunRecord) -> Table:
     for name, interval in record.metrics.items():
         scale, unit = (100.0, " %") if name in percent else (1.0, "")
         value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))
-        table.add_row(name, f"{value:.2f}{unit}", f"{low:.2f} to {high:.2f}")
+        shown = "–" if math.isnan(value) else f"{value:.2f}{unit}"  # nothing to measure: no object was named
+        table.add_row(name, shown, "" if math.isnan(low) else f"{low:.2f} to {high:.2f}")
     return table
 
 
