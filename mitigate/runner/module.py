@@ -243,9 +243,8 @@ def predict(
         except SystemExit:
             if not interrupt.seen:
                 raise
-            signal.signal(
-                signal.SIGINT, handler
-            )  # Lightning ignores further signals and exits; the caller decides here
+            # Lightning ignores further signals and exits the process; here the caller decides.
+            signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from None
         finally:
             module.close()
