@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -237,15 +236,12 @@ def predict(
             callbacks=[interrupt],
             default_root_dir=str(folder),
         )
-        handler = signal.getsignal(signal.SIGINT)
         try:
             trainer.predict(module, datamodule=data, return_predictions=False)
         except SystemExit:
             if not interrupt.seen:
                 raise
-            # Lightning ignores further signals and exits the process; here the caller decides.
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt from None  # Lightning would end the process; here the caller decides
         finally:
             module.close()
         trainer.strategy.barrier("records")
