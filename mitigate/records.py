@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mitigate.effects import totals as totals
 from mitigate.errors import DataError
 from mitigate.metrics.base import Interval
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind
 from mitigate.errors import DataError
@@ -30,7 +31,8 @@ class Testbed(Benchmark):
     """Scenes that break the co-occurrences the testbed's model was trained on.
 
     Each scene gives one caption and, per POPE split, up to three questions about objects that are there and as many
-    about objects that are not. The three splits share the questions about what is there; they are separate samples.
+    about objects that are not. A question that several splits ask is one sample: it is answered once and counts in
+    each.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ class Testbed(Benchmark):
 
     def samples(self) -> list[Sample]:
         """Return captions and questions scene by scene."""
-        from mitigate.testbed.language import CAPTION_PROMPT, pope_questions
+        from mitigate.testbed.language import CAPTION_PROMPT
 
         samples = []
         for index in range(self.limit or DEFAULT_SCENES):
@@ -78,17 +80,8 @@ class Testbed(Benchmark):
                         meta={"objects": [thing.name for thing in scene.things]},
                     )
                 )
-            for kind in SPLITS if "pope" in self.tasks else ():
-                samples.extend(
-                    Sample(
-                        id=f"{scene.id}/pope/{kind}/{question.object}",
-                        image_id=scene.id,
-                        task="yes_no",
-                        prompt=question.text,
-                        meta={"pope": kind, "object": question.object, "label": question.label},
-                    )
-                    for question in pope_questions([scene], kind)
-                )
+            if "pope" in self.tasks:
+                samples += _questions(scene)
         return samples
 
     def images(self, sample: Sample) -> list[Image]:
@@ -124,7 +117,10 @@ class Testbed(Benchmark):
             raise DataError(f"sample {record.id!r} is a {record.task!r}, but benchmark.tasks={list(self.tasks)}")
         if record.task == "caption":
             return chair_counts(record.text, _truth(record, "objects"), OBJECT_WORDS)
-        return pope_counts(record.text, _truth(record, "label"), _truth(record, "pope"), self.parser)
+        counts: Counter[str] = Counter()
+        for kind in _truth(record, "pope"):
+            counts.update(pope_counts(record.text, _truth(record, "label"), kind, self.parser))
+        return counts
 
     def correct(self, record: SampleRecord) -> bool | None:
         """Return whether a yes/no reply is right; ``None`` for captions."""
@@ -145,9 +141,30 @@ class Testbed(Benchmark):
         return [span for span in [*spans, Span(text[end:])] if span.text]
 
 
-def _truth(sample: Sample | SampleRecord, key: str) -> str:
+def _questions(scene: Scene) -> list[Sample]:
+    """Return a scene's yes/no questions, each once, with the POPE splits that ask it."""
+    from mitigate.testbed.language import pope_questions
+
+    asked = [(kind, question) for kind in SPLITS for question in pope_questions([scene], kind)]
+    kinds: dict[str, list[str]] = {}
+    for kind, question in asked:
+        kinds.setdefault(question.object, []).append(kind)
+    questions = {question.object: question for _, question in asked}
+    return [
+        Sample(
+            id=f"{scene.id}/pope/{name}",
+            image_id=scene.id,
+            task="yes_no",
+            prompt=questions[name].text,
+            meta={"pope": splits, "object": name, "label": questions[name].label},
+        )
+        for name, splits in kinds.items()
+    ]
+
+
+def _truth(sample: Sample | SampleRecord, key: str) -> Any:
     try:
-        return sample.meta[key]  # type: ignore[no-any-return]
+        return sample.meta[key]
     except KeyError:
         raise DataError(f"sample {sample.id!r} has no {key!r} in its meta; it was not made by this benchmark") from None
 

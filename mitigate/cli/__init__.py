@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit code. Unexpected exceptions are not caught, so that their traceback is seen.
     """
+    # read when torch starts: with spinning threads, a busy machine makes small models several times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = make_console()
     try:

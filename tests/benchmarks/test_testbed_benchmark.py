@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from mitigate.metrics.base import values
 from mitigate.metrics.pope import SPLITS
 from mitigate.records import SampleRecord
 from mitigate.statistics import intervals
-from mitigate.testbed.language import caption
+from mitigate.testbed.language import caption, pope_questions
 from mitigate.testbed.world import OBJECTS, scene
 
 FEW = Testbed(limit=12)
@@ -60,7 +60,8 @@ def test_each_scene_gives_a_caption_and_balanced_questions_per_split() -> None:
     check_samples(samples)
     assert samples == FEW.samples()
     assert sum(sample.task == "caption" for sample in samples) == 12
-    labels = Counter((s.image_id, s.meta["pope"], s.meta["label"]) for s in samples if s.task == "yes_no")
+    asked = [sample for sample in samples if sample.task == "yes_no"]
+    labels = Counter((sample.image_id, kind, sample.meta["label"]) for sample in asked for kind in sample.meta["pope"])
     assert set(labels.values()) <= {2, 3}
     for image in {sample.image_id for sample in samples}:
         assert len({labels[image, split, label] for split in SPLITS for label in ("yes", "no")}) == 1
@@ -76,11 +77,29 @@ def test_labels_and_objects_agree_with_the_scene() -> None:
             assert sample.meta["object"] in sample.prompt
 
 
-def test_one_question_in_several_splits_is_several_samples() -> None:
-    same = defaultdict(set)
-    for sample in FEW.samples():
-        same[sample.image_id, sample.prompt].add(sample.id)
-    assert max(len(ids) for ids in same.values()) >= 3
+def test_a_question_of_several_splits_is_answered_once_and_counts_in_each() -> None:
+    """The sums are those of asking every split on its own, as the question generator lists them."""
+    asked = [sample for sample in FEW.samples() if sample.task == "yes_no"]
+    assert len({(sample.image_id, sample.prompt) for sample in asked}) == len(asked)
+    assert max(len(sample.meta["pope"]) for sample in asked) == 3
+    expected = Counter(
+        (question.scene_id, kind, question.object, question.label)
+        for kind in SPLITS
+        for question in pope_questions([scene("test", index) for index in range(12)], kind)
+    )
+    listed = Counter(
+        (sample.image_id, kind, sample.meta["object"], sample.meta["label"])
+        for sample in asked
+        for kind in sample.meta["pope"]
+    )
+    assert listed == expected
+    records = [answered(sample, "Yes") for sample in asked]
+    counts = Testbed(limit=12, tasks=("pope",)).counts(records)
+    for kind in SPLITS:
+        questions = sum(count for key, count in expected.items() if key[1] == kind)
+        assert counts.columns[f"pope/{kind}/questions"].sum() == questions
+        assert counts.columns[f"pope/{kind}/said_yes"].sum() == questions
+        assert counts.columns[f"pope/{kind}/correct"].sum() == questions / 2
 
 
 def test_limit_split_and_tasks_choose_samples() -> None:
