@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 
+from mitigate.core.layout import Role
 from mitigate.core.stack import Stack
+from mitigate.core.state import MethodState
 from mitigate.methods.control_random import ControlRandom
 from mitigate.methods.locore import LocoRE
 from mitigate.methods.scr import SCR
@@ -118,6 +120,26 @@ def test_dropping_samples_from_a_batch_changes_nothing_for_the_others(model):
         rows = {name: value[1:] for name, value in inputs.items()}
         two = run(handle.generate, rows, sample_ids=["b", "c"])
     assert torch.equal(all_three[1:, : two.shape[1]], two)
+
+
+def test_missing_attention_mask_is_inferred_from_padding(model):
+    """As generate itself does it: the pad token marks padding."""
+    inputs = make_inputs(model, PROMPTS[:4], seed=4)
+    with Stack([LocoRE(beta=0.8), SCR(lam=1.6, k_src=4)]).attach(model) as handle:
+        expected = run(handle.generate, inputs, do_sample=False)
+        masked = handle.telemetry()
+        del inputs["attention_mask"]
+        assert torch.equal(run(handle.generate, inputs, do_sample=False), expected)
+        assert [without_time(sample) for sample in handle.telemetry()] == [without_time(sample) for sample in masked]
+        assert handle.bus.last_request.layout.roles[3, 0] == Role.PAD
+
+
+def test_counters_are_shared_out_when_rows_are_repeated():
+    state = MethodState("x", 2)
+    state.count("seen", torch.tensor([6.0, 3.0]))
+    state.repeat(3)
+    assert state.summed(range(3))["seen"] == pytest.approx(6.0)
+    assert state.summed(range(3, 6))["seen"] == pytest.approx(3.0)
 
 
 def test_positional_arguments_of_generate(model):

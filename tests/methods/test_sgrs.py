@@ -87,6 +87,24 @@ def test_equals_naive_full_sequence(proposal, history, norm, reduce, locore):
             assert counted.get("extra_backwards", 0) == len(naive)
 
 
+def test_fallback_may_stay_out_of_the_history():
+    """Algorithm 1 to the letter: only accepted scores are remembered."""
+    model = tiny_llava(seed=0)
+    inputs = make_inputs(model, PROMPTS[:2], seed=0)
+    values = {"alpha": 1.3, "proposal": "greedy_order", "window": 3}
+    lengths = {}
+    for option, keep in (("append", True), ("skip", False)):
+        tokens, _ = generate(model, [SGRS(**values, history_on_fallback=option, **LAYERS)], inputs, steps=10)
+        for row, sample in enumerate(split_rows(inputs, 6)):
+            expected, trace = naive_sgrs.generate(
+                model, **sample, **values, top_k=5, max_resample=3, layers=[2, 3], eos=(EOS,), max_new_tokens=10,
+                history_on_fallback=keep,
+            )  # fmt: skip
+            assert tokens[row, : len(expected)].tolist() == expected
+            lengths[option, row] = len(trace[-1]["history"])
+    assert any(lengths["skip", row] < lengths["append", row] for row in range(2))
+
+
 def test_some_candidates_are_rejected_and_some_fall_back():
     """The comparison above would prove little if nothing were ever rejected."""
     model = tiny_llava(seed=0)
