@@ -42,6 +42,6 @@ def test_negative_control_changes_no_metric_beyond_its_interval(stacks):
 
 def test_negative_control_edits_as_much_as_the_method_it_stands_for(stacks):
     """Both edit every attention row; the change per row is of the same size."""
-    random, method = (stacks[name]["effects"][name] for name in ("control_random", "locore"))
+    random, method = stacks["control_random"]["effects"], stacks["locore"]["effects"]
     assert random["rows_edited_share"] == pytest.approx(method["rows_edited_share"], rel=0.02)
     assert random["l1_per_row"] == pytest.approx(method["l1_per_row"], rel=0.25)
