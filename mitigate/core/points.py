@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 class Point(StrEnum):
-    """Where a method can act. A handler of a point is the method ``on_<value>``."""
+    """Where a method can act, in the order of a forward. A handler of a point is the method ``on_<value>``."""
 
     TEXT_INPUT = "text_input"
     IMAGE_INPUT = "image_input"
     VISION = "vision"
     VISUAL_EMBEDDINGS = "visual_embeddings"
+    SAMPLE_BEGIN = "sample_begin"
+    STEP_BEGIN = "step_begin"
     ATTENTION_MASK = "attention_mask"
     ATTENTION_SCORES = "attention_scores"
     ATTENTION_PROBS = "attention_probs"
@@ -35,12 +37,10 @@ class Point(StrEnum):
     HIDDEN_STATES = "hidden_states"
     LOGIT_LENS = "logit_lens"
     NEXT_TOKEN_LOGITS = "next_token_logits"
+    PREFILL_END = "prefill_end"
+    STEP_END = "step_end"
     SELECT_TOKEN = "select_token"
     DRIVE_DECODING = "drive_decoding"
-    SAMPLE_BEGIN = "sample_begin"
-    PREFILL_END = "prefill_end"
-    STEP_BEGIN = "step_begin"
-    STEP_END = "step_end"
     SAMPLE_END = "sample_end"
 
 
