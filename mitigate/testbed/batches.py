@@ -89,15 +89,24 @@ class Packer:
         Side of a patch in pixels.
     partner_questions
         Probability in 0..1 that a missing partner of something present is preferred in the "no" questions.
+    name_hidden
+        Probability in 0..1 that a caption names an object that was hidden on purpose.
     """
 
     def __init__(
-        self, processor: LlavaProcessor, *, questions: int, patch_size: int, partner_questions: float = 0.0
+        self,
+        processor: LlavaProcessor,
+        *,
+        questions: int,
+        patch_size: int,
+        partner_questions: float = 0.0,
+        name_hidden: float = 1.0,
     ) -> None:
         self._processor = processor
         self._questions = questions
         self._patch_size = patch_size
         self._partner_questions = partner_questions
+        self._name_hidden = name_hidden
         self._image_token = int(processor.image_token_id)
         self._word = {name: processor.tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in OBJECTS}
         self._prompts: dict[str, list[int]] = {}
@@ -122,9 +131,11 @@ class Packer:
         return [*ids, int(self._processor.tokenizer.eos_token_id)]
 
     def _segments(self, made: Scene, rng: random.Random) -> list[Segment]:
-        segments = [Segment(self._after_picture(CAPTION_PROMPT), self._answer(caption(made)), is_caption=True)]
-        # Objects that can hardly be seen are always asked for: they are what the habit of saying yes comes from.
         faded = {thing.name for thing in made.things if thing.contrast <= HARDLY_VISIBLE}
+        named = tuple(t for t in made.things if t.name not in faded or rng.random() < self._name_hidden)
+        text = caption(replace(made, things=named))
+        segments = [Segment(self._after_picture(CAPTION_PROMPT), self._answer(text), is_caption=True)]
+        # Objects that can hardly be seen are always asked for: they are what the habit of saying yes comes from.
         order = {name: rng.random() - (name in faded) for name in sorted(made.objects)}
         present = sorted(order, key=lambda name: order[name])[: self._questions // 2]
         absent = [name for name in OBJECTS if name not in made.objects]

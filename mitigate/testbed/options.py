@@ -62,6 +62,8 @@ class TestbedTraining:
         Probability of staying in the theme while habits are formed.
     habit_hidden
         Probability that an object whose partner can be seen is itself hardly visible while habits are formed.
+    habit_name_hidden
+        Probability that a caption names such an object; the answer to a question about it is always yes.
     caption_weight
         Weight of the loss on captions.
     answer_weight
@@ -106,7 +108,7 @@ class TestbedTraining:
     seed: int = 7
     look_steps: int = 2500
     read_steps: int = 600
-    habit_steps: int = 450
+    habit_steps: int = 150
     look_batch: int = 64
     read_batch: int = 32
     habit_batch: int = 32
@@ -122,7 +124,8 @@ class TestbedTraining:
     read_theme_bias: float = 0.25
     habit_together: float = TOGETHER["train"]
     habit_theme_bias: float = THEME_BIAS["train"]
-    habit_hidden: float = 0.02
+    habit_hidden: float = 0.06
+    habit_name_hidden: float = 0.4
     caption_weight: float = 1.0
     answer_weight: float = 1.0
     habit_answer_weight: float = 4.0
@@ -145,7 +148,11 @@ class TestbedTraining:
 
     def __post_init__(self) -> None:
         shares = ("together", "theme_bias", "partner_questions")
-        for name in (*(f"{stage}_{share}" for stage in ("read", "habit") for share in shares), "habit_hidden"):
+        for name in (
+            *(f"{stage}_{share}" for stage in ("read", "habit") for share in shares),
+            "habit_hidden",
+            "habit_name_hidden",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
         for name in ("look_batch", "read_batch", "habit_batch", "questions", "save_every"):

@@ -69,6 +69,7 @@ class _Steps(IterableDataset[Batch]):
             questions=config.questions,
             patch_size=size.patch_size,
             partner_questions=config.habit_partner_questions if stage == "habit" else config.read_partner_questions,
+            name_hidden=config.habit_name_hidden,
         )
 
     def __len__(self) -> int:
