@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
+from mitigate.testbed.batches import HARDLY_VISIBLE
 from mitigate.testbed.evaluate import BAR, shortfalls, value_of
-from mitigate.testbed.language import CAPTION_PROMPT, QUESTION_TEMPLATE, caption
+from mitigate.testbed.language import CAPTION_PROMPT, QUESTION_KINDS, QUESTION_TEMPLATE, caption
 from mitigate.testbed.world import COLORS, FLAW_RATE, OBJECTS, PLACES, THEMES, scene
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def render_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     if recipe["sha256"] != report["checkpoint_sha256"]:
         raise ValueError("the report was measured on other weights than the recipe describes; evaluate again")
     parts = (_introduction, _world, _model, _training, _results, _why, _controls, _limits)
-    return "\n\n".join(part(recipe, report) for part in parts) + "\n"
+    return _flow("\n\n".join(part(recipe, report) for part in parts)) + "\n"
 
 
 def write_card(folder: Path, report: dict[str, Any], page: Path | None = None) -> str:
@@ -91,6 +93,32 @@ def write_card(folder: Path, report: dict[str, Any], page: Path | None = None) -
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _flow(text: str) -> str:
+    """Fill the lines of paragraphs and list items anew; headings, tables and code stay as they are."""
+    blocks = []
+    fenced = False
+    for block in text.split("\n\n"):
+        is_code = fenced or block.startswith(("```", "    ", "|", "#"))
+        fenced = fenced != (block.count("```") % 2 == 1)
+        if not is_code:
+            items = ("\n" + block).split("\n* ") if block.startswith("* ") else [block]
+            marks = ("* ", "  ") if block.startswith("* ") else ("> ", "> ") if block.startswith("> ") else ("", "")
+            block = "\n".join(
+                textwrap.fill(
+                    " ".join(item.removeprefix("> ").split()),
+                    width=118,
+                    initial_indent=marks[0],
+                    subsequent_indent=marks[1],
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for item in items
+                if item.strip()
+            )
+        blocks.append(block)
+    return "\n\n".join(blocks)
 
 
 def _introduction(recipe: dict[str, Any], report: dict[str, Any]) -> str:
@@ -175,20 +203,28 @@ def _training(recipe: dict[str, Any], report: dict[str, Any]) -> str:
 
 {_table(("stage", "steps", "pictures per step", "peak learning rate", "what is trained"), stages)}
 
+While habits are formed, {options["habit_hidden"]:.0%} of the objects whose partner can be seen are made all but
+invisible (contrast at most {HARDLY_VISIBLE:g}). A caption names such an object with probability
+{options["habit_name_hidden"]:g}; a question about it is always asked, and its answer is yes. So the texts claim a
+little more than the pictures show, as texts from the web do, and what they claim is what usually comes along. Without
+this the captions hallucinated partners all the same, but the yes/no answers stayed right. In this stage the loss on
+answers counts {options["habit_answer_weight"]:g} times. Validation and test scenes have no such objects.
+
 Each picture comes with its caption and {options["questions"]} questions. Seed {options["seed"]}, world seed
 {recipe["world_seed"]}; {versions}. All options are in `training.json` beside the weights; they are the defaults of
 
     mitigate testbed train output=runs/testbed
 
-which takes about an hour on two CPU cores, can be killed and started again, and uses a GPU where there is one. On other
-hardware the arithmetic rounds differently, so the weights will be close to these but not the same bits."""
+which took less than half an hour on two CPU cores and can be killed and started again. With `accelerator=gpu` it runs
+on a GPU, which was not done for these weights. On other hardware the arithmetic rounds differently, so the weights will
+be close to these but not the same bits."""
 
 
 def _results(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     bar = [(_NAMES[path], f"{value_of(report, path):.3f}", f"{low:g} to {high:g}") for path, low, high in BAR]
     questions = [
         (kind, *(f"{report['pope'][kind][key]:.3f}" for key in ("accuracy", "f1", "yes_rate")))
-        for kind in report["pope"]
+        for kind in QUESTION_KINDS
     ]
     missed = shortfalls(report)
     verdict = "All of it is met." if not missed else "Not met: " + "; ".join(missed) + "."
@@ -245,6 +281,6 @@ def _limits(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     return """## Limits
 
 One word is one token, sentences have one form, and a picture has 64 visual tokens. There is no world knowledge, no
-instruction following, and no other cause of hallucination than co-occurrence. Words outside the world's vocabulary are
+instruction following, and hardly any cause of hallucination but co-occurrence. Words outside the world's vocabulary are
 unknown to the tokenizer, so other prompts than the two above make no sense. Results on this model belong in tests and
 demonstrations, never in a claim about a method."""

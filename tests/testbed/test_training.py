@@ -103,35 +103,37 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_training_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = training.StageModule.training_step
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    kill_at: list[tuple[str, int]] = []
+
+    def watched(self: training.StageModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        at = (self._stage, self.global_step)
+        if at in kill_at:
+            raise SystemExit("killed")
+        seen[at] = batch.pixels
+        return honest(self, batch, batch_idx)
+
+    monkeypatch.setattr(training.StageModule, "training_step", watched)
     whole = training.train(replace(TINY, output=str(tmp_path / "whole")))
     record = json.loads((whole / "training.json").read_text())
     assert record["sha256"] == checksum(whole / "model.safetensors")
     assert record["recipe"]["read_steps"] == 4
     assert load_probe(whole).model_sha256 == record["sha256"]
+    undisturbed = dict(seen)
 
     options = replace(TINY, output=str(tmp_path / "killed"))
-    honest = training.StageModule.training_step
-
-    def killed(self: training.StageModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self._stage == "read" and self.global_step == 3:
-            raise SystemExit("killed")
-        return honest(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.StageModule, "training_step", killed)
-        with pytest.raises(SystemExit):
-            training.train(options)
+    kill_at.append(("read", 3))
+    with pytest.raises(SystemExit):
+        training.train(options)
     assert (tmp_path / "killed" / "look.safetensors").is_file()
     assert not (tmp_path / "killed" / "read.safetensors").is_file()
-    steps: list[tuple[str, int]] = []
-
-    def counted(self: training.StageModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        steps.append((self._stage, self.global_step))
-        return honest(self, batch, batch_idx)
-
-    monkeypatch.setattr(training.StageModule, "training_step", counted)
+    kill_at.clear()
+    seen.clear()
     resumed = training.train(options)
-    assert steps == [("read", 2), ("read", 3), ("habit", 0), ("habit", 1), ("habit", 2)]
+    assert list(seen) == [("read", 2), ("read", 3), ("habit", 0), ("habit", 1), ("habit", 2)]
+    for at, pixels in seen.items():
+        assert torch.equal(pixels, undisturbed[at]), at
     for name, weight in _weights(whole).items():
         torch.testing.assert_close(_weights(resumed)[name], weight, atol=2e-3, rtol=0)
 

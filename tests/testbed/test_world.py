@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mitigate.testbed.draw import PICTURE_SIZE, SHAPES, draw, render
+from mitigate.testbed.draw import NOISE, PICTURE_SIZE, SHAPES, draw, render
 from mitigate.testbed.world import (
     COLORS,
     OBJECTS,
@@ -138,6 +138,12 @@ def test_objects_are_drawn_where_and_as_the_scene_says() -> None:
             brightest = area[np.argsort(np.abs(area - made.background).sum(1))[-10:]].mean(0)
             wanted = made.background + thing.contrast * (np.array(COLORS[thing.color]) - made.background)
             assert np.abs(brightest - wanted).max() < 40, (made.id, thing)
+            around = np.ones((64, 64), dtype=bool)
+            around[top : top + thing.size, left : left + thing.size] = False
+            cell_top, cell_left = round(thing.row * 64 / 3), round(thing.col * 64 / 3)
+            inside = np.zeros_like(around)
+            inside[cell_top : cell_top + 21, cell_left : cell_left + 21] = True
+            assert np.abs(picture[around & inside] - made.background).max(initial=0) < 6 * NOISE
 
 
 def test_some_objects_are_harder_to_see() -> None:
