@@ -124,8 +124,8 @@ class TestbedTraining:
     read_theme_bias: float = 0.25
     habit_together: float = TOGETHER["train"]
     habit_theme_bias: float = THEME_BIAS["train"]
-    habit_hidden: float = 0.06
-    habit_name_hidden: float = 0.4
+    habit_hidden: float = 0.055
+    habit_name_hidden: float = 0.5
     caption_weight: float = 1.0
     answer_weight: float = 1.0
     habit_answer_weight: float = 4.0

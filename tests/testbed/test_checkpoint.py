@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from mitigate.testbed import evaluate as evaluation
+from mitigate.testbed import train as training
 from mitigate.testbed.batches import Packer
 from mitigate.testbed.card import METRICS_FILE, render_card, write_card
 from mitigate.testbed.draw import draw
@@ -74,6 +75,11 @@ def test_sizes_and_checksum() -> None:
     assert record["parameters"] == sum(weight.numel() for weight in model.parameters()) <= 4_000_000
     assert record["sha256"] == checksum(FOLDER / "model.safetensors")
     assert {path.suffix for path in FOLDER.iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_the_recipe_is_what_training_does_by_default() -> None:
+    record = json.loads((FOLDER / "training.json").read_text())
+    assert record["recipe"] == training.recipe(training.TestbedTraining())["recipe"]
 
 
 def test_every_word_is_one_token_and_text_survives() -> None:
