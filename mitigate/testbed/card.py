@@ -210,6 +210,10 @@ little more than the pictures show, as texts from the web do, and what they clai
 this the captions hallucinated partners all the same, but the yes/no answers stayed right. In this stage the loss on
 answers counts {options["habit_answer_weight"]:g} times. Validation and test scenes have no such objects.
 
+The stages were run one after another, the first with one interruption. The third was repeated from the second's result
+with several values of its options, judged on validation scenes; the options given here are those of the run that was
+kept, and test scenes played no part in the choice between its runs.
+
 Each picture comes with its caption and {options["questions"]} questions. Seed {options["seed"]}, world seed
 {recipe["world_seed"]}; {versions}. All options are in `training.json` beside the weights; they are the defaults of
 

@@ -269,9 +269,10 @@ def _run_stage(module: StageModule, config: TestbedTraining, stage: Stage, folde
     last = folder / "last.ckpt"
     module.train()
     with warnings.catch_warnings():
-        # Both are answered by `_Steps`: it is never read by several workers, and it starts at the step to go on from.
+        # `_Steps` is never read by several workers and starts at the step to go on from, in the folder it left.
         warnings.filterwarnings("ignore", message=".*`__len__` defined.*")
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
         trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
 
 
