@@ -125,7 +125,9 @@ class Adapter(ABC):
         layout = request.layout
         length = layout.prompt_length
         if inputs["input_ids"].shape[1] < length - 1:
-            raise UnsupportedModel("a diagnostic pass needs the whole prompt at once; leave prefill_chunk_size unset")
+            raise UnsupportedModel(
+                "a diagnostic pass needs the whole prompt at once; leave prefill_chunk_size and past_key_values unset"
+            )
         mask = layout.valid[:, :length].long()
         dropped = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "labels"}
         kept = {name: value for name, value in inputs.items() if name not in dropped}

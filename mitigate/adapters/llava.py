@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LlavaAdapter(Adapter):
-    """``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
+    """``LlavaForConditionalGeneration`` with a CLIP tower."""
 
     family = "llava"
 
@@ -31,9 +31,9 @@ class LlavaAdapter(Adapter):
         With ``vision_feature_select_strategy="full"`` the tower's class token leads every image and is no patch.
         """
         vision = model.config.vision_config
-        side, rest = divmod(vision.image_size, vision.patch_size)
-        if rest:
-            raise UnsupportedModel(f"llava: image size {vision.image_size} is no multiple of patch {vision.patch_size}")
+        if vision.model_type != "clip_vision_model":  # the class token decides which tokens are patches
+            raise UnsupportedModel(f"llava: the image layout of a {vision.model_type!r} tower is not known")
+        side = vision.image_size // vision.patch_size
         extra = 0 if model.config.vision_feature_select_strategy == "default" else 1
         size = side * side + extra
         return [

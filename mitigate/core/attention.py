@@ -131,7 +131,7 @@ def mix_values(probs: Tensor, value: Tensor) -> Tensor:
     return mixed.view(batch, heads, rows, -1).transpose(1, 2)
 
 
-def splice(base: Tensor, rows: Tensor, local: Tensor, edited: Tensor) -> Tensor:
+def splice(base: Tensor, rows: Tensor, local: Tensor, edited: Tensor | None) -> Tensor:
     """Put edited rows into the fused output; rows that no method edited keep it bit for bit.
 
     Parameters
@@ -139,13 +139,16 @@ def splice(base: Tensor, rows: Tensor, local: Tensor, edited: Tensor) -> Tensor:
     base
         ``[B, Q, H, d]``.
     rows
-        ``[B, R, H, d]``.
+        ``[B, R, H, d]``; where they carry a graph, unedited rows of the result carry it too, with the value of ``base``.
     local
         ``[R]`` row indices into Q.
     edited
-        ``[B, R]`` bool.
+        ``[B, R]`` bool; ``None`` when no row was edited.
     """
-    chosen = torch.where(edited[:, :, None, None], rows, base[:, local])
+    kept = base[:, local]
+    if rows.requires_grad:
+        kept = kept.detach() + (rows - rows.detach())  # fused value, exact rows' gradient
+    chosen = kept if edited is None else torch.where(edited[:, :, None, None], rows, kept)
     if base.shape[1] == len(local):
         return chosen
     return base.index_copy(1, local, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mitigate.core import attention
 from mitigate.core.plan import BoundSubscription
-from mitigate.core.points import Access, AttentionProbs, AttentionScores, Phase, Point, Rows
+from mitigate.core.points import Access, AttentionProbs, AttentionScores, Phase, Point, Rows, Subscription
 from mitigate.core.request import Frame, Request, RowSelection
 from mitigate.errors import HookError, UnsupportedModel
 
@@ -31,8 +32,9 @@ class AttentionPoints:
         self._plan = {
             (phase, index): [
                 item
-                for point in (Point.ATTENTION_SCORES, Point.ATTENTION_PROBS)
-                for item in bus.subscriptions(point, index)
+                for served in (_writes_scores, _sees_probs, _needs_gradient)
+                for item in bus.bound
+                if served(item.subscription) and index in item.subscription.layers
                 if phase in item.subscription.phases
             ]
             for phase in Phase
@@ -62,11 +64,13 @@ class AttentionPoints:
         base = attention.fused(module, query, key, value, mask, kwargs)
         local = _union([selection.local for _, selection in asked])
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
-        probs, edited = self._edit(asked, layer, request, frame, local, scores)
-        if edited is None:
-            return base
-        return attention.splice(base, attention.mix_values(probs, value), local, edited)
+        # autocast would take the exact rows down to half precision
+        with torch.autocast(query.device.type, enabled=False) if _autocast(query) else nullcontext():
+            scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
+            probs, edited = self._edit(asked, layer, request, frame, local, scores)
+            if edited is None and not probs.requires_grad:
+                return base
+            return attention.splice(base, attention.mix_values(probs, value).to(base.dtype), local, edited)
 
     def _edit(
         self,
@@ -78,7 +82,7 @@ class AttentionPoints:
         matrix: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the handlers over the rows; return the final weights ``[B, H, R, K]`` and the edited rows ``[B, R]``."""
-        common = {**frame.event(request), "layer": layer, "rows": local + frame.start}
+        common = {**frame.event(request), "layer": layer, "rows": frame.positions(local)}
         edited: Tensor | None = None
         softmaxed = False
         for item, selection in asked:
@@ -89,15 +93,16 @@ class AttentionPoints:
                 # the lowest layer's rows become the graph's leaf; above it they already depend on it
                 matrix = matrix if matrix.requires_grad else matrix.detach().requires_grad_()
                 frame.tape[layer] = matrix
-                edited = row_mask if edited is None else edited | row_mask
             if softmaxed:
                 new = self._bus.call(item, AttentionProbs(probs=matrix, row_mask=row_mask, **common))
             else:
                 new = self._bus.call(item, AttentionScores(scores=matrix, row_mask=row_mask, **common))
             if new is None:
                 continue
-            if item.subscription.access is not Access.WRITE:
-                raise HookError(f"{item.key} returned a value at {item.subscription.point} but subscribed to read only")
+            if new.shape != matrix.shape:
+                raise HookError(
+                    f"{item.key} returned shape {tuple(new.shape)} for {tuple(matrix.shape)} at layer {layer}"
+                )
             if not (selection.full and selection.local is local):
                 new = torch.where(row_mask[:, None, :, None], new, matrix)
             change = _change(matrix, new, softmaxed)
@@ -115,6 +120,22 @@ class AttentionPoints:
         return frame.selections[rows]
 
 
+def _writes_scores(subscription: Subscription) -> bool:
+    return subscription.point is Point.ATTENTION_SCORES
+
+
+def _needs_gradient(subscription: Subscription) -> bool:
+    return subscription.access is Access.GRADIENT
+
+
+def _sees_probs(subscription: Subscription) -> bool:
+    return subscription.point is Point.ATTENTION_PROBS and not _needs_gradient(subscription)
+
+
+def _autocast(query: Tensor) -> bool:
+    return torch.is_autocast_enabled(query.device.type)
+
+
 def _select(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
     layout, width = request.layout, frame.stop - frame.start
     if rows is Rows.LAST or rows is Rows.PREDICTORS:
@@ -126,9 +147,9 @@ def _select(rows: Any, request: Request, frame: Frame, device: torch.device) -> 
         mask = (~request.finished).to(device)[:, None].expand(-1, len(local))
     elif rows is Rows.ALL:
         local = torch.arange(width, device=device)
-        mask = layout.valid[:, frame.start : frame.stop].to(device)
+        mask = (layout.valid[:, frame.start : frame.stop] & ~request.finished[:, None]).to(device)
     else:
-        wanted = rows(layout)[:, frame.start : frame.stop].to(device)
+        wanted = (rows(layout)[:, frame.start : frame.stop] & ~request.finished[:, None]).to(device)
         local = wanted.any(0).nonzero().flatten()
         mask = wanted[:, local]
         if not len(local):

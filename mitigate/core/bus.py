@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
@@ -28,7 +30,7 @@ from mitigate.core.points import (
 )
 from mitigate.core.request import Frame, Request
 from mitigate.core.state import MethodState
-from mitigate.errors import HookError, LayoutError, MitigateError, UnsupportedModel
+from mitigate.errors import HookError, LayoutError, MitigateError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
 
 class _Enough(Exception):
     """Ends a diagnostic forward after the last layer that is read."""
+
+
+def _restore_attention(config: Any, name: str | None) -> None:
+    """Give the configuration its attention back, unless the caller has meanwhile chosen another one."""
+    if config._attn_implementation_internal == attention.ATTENTION_NAME:
+        config._attn_implementation_internal = name
 
 
 def _enough(module: nn.Module, args: Any, output: Any) -> None:
@@ -65,6 +73,8 @@ class HookBus:
         self.request: Request | None = None
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))
+        self._points: AttentionPoints | None = None
+        self._forward_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._diagnosing = False
         self._model_error: Exception | None = None
         self._prefill_inputs: dict[str, Any] = {}
@@ -99,7 +109,8 @@ class HookBus:
             undo.callback(projector.register_forward_hook(self._after_projector).remove)
         for index, layer in enumerate(self._layers):
             if self.subscriptions(Point.HIDDEN_STATES, index):
-                undo.callback(layer.register_forward_hook(self._layer_hook(index)).remove)
+                # first in line: whoever records hidden states sees the edited ones
+                undo.callback(layer.register_forward_hook(self._layer_hook(index), prepend=True).remove)
         if any(item.subscription.point in ROW_POINTS for item in self.bound):
             self._install_attention(undo)
 
@@ -110,18 +121,31 @@ class HookBus:
         strangers = [module for module in modules if getattr(module, "config", None) is not config]
         if strangers:
             raise UnsupportedModel(f"{type(strangers[0]).__name__} does not share the decoder's configuration")
-        points = AttentionPoints(self, modules)
+        name = config._attn_implementation_internal
+        if name == attention.ATTENTION_NAME:
+            raise StackConflict("another model that shares this configuration object carries a stack; copy the config")
+        if name not in ("sdpa", None):
+            warnings.warn(f"attention {name!r} is replaced by 'sdpa' while the stack is attached", stacklevel=5)
+        self._points = AttentionPoints(self, modules)
         # the setter would walk into sub-configurations; only the text decoder's own entry is ours to change
-        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+        undo.callback(_restore_attention, config, name)
         config._attn_implementation_internal = attention.ATTENTION_NAME
         for module in modules:
             undo.callback(attention.SERVED_BY.pop, module, None)
-            attention.SERVED_BY[module] = points
+            attention.SERVED_BY[module] = self._points
 
     # ------------------------------------------------------------------------------------------------------ requests
 
     def begin(self, request: Request) -> None:
-        """Start serving a request."""
+        """Start serving a request.
+
+        Raises
+        ------
+        StackConflict
+            If another ``generate`` of the same model is running.
+        """
+        if self.request is not None and self.request.generating:
+            raise StackConflict("generate was called while another generate of the same model runs under this stack")
         self.request = self.last_request = request
 
     def end(self) -> None:
@@ -134,9 +158,8 @@ class HookBus:
         request = self._running()
         frame = request.frame
         for item in self.subscriptions(point):
-            phase = frame.phase if frame else Phase.PREFILL
-            event = Event(phase=phase, step=frame.step if frame else 0, branch="main", request=request)
-            self.call(item, event)
+            if frame is not None and self.serves(item, frame):
+                self.call(item, Event(**frame.event(request)))
 
     def _running(self) -> Request:
         if self.request is None:
@@ -148,7 +171,7 @@ class HookBus:
         state = event.request.state(item.key)
         started = time.perf_counter()
         try:
-            return item.handler(event, state)
+            value = item.handler(event, state)
         except (MitigateError, _Enough):
             raise
         except Exception as error:
@@ -159,35 +182,67 @@ class HookBus:
             raise HookError(f"{item.key}.{item.handler.__name__} failed at {where}: {error!r}") from error
         finally:
             state.spend(time.perf_counter() - started)
+        if value is not None and item.subscription.access is not Access.WRITE:
+            raise HookError(f"{item.key} returned a value at {item.subscription.point} but subscribed to read only")
+        return value
 
     # ------------------------------------------------------------------------------------------------------ forwards
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._diagnosing:  # its frame is already set
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        inputs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
+        ids = inputs.get("input_ids")
         if ids is None:
             raise LayoutError("inputs_embeds without input_ids: token roles cannot be known; pass input_ids")
-        cache = kwargs.get("past_key_values")
+        self._refuse_inputs(inputs)
+        cache = inputs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        single = self.request is None or not self.request.generating
-        if single and past == 0:
-            self.begin(self.new_request(ids, kwargs.get("attention_mask"), kwargs))
-        request = self.request
-        if request is None or (single and past not in (0, request.layout.length)):
-            raise LayoutError(
-                "a cached forward that does not continue a prompt run under this stack; run the prompt first"
-            )
+        request = self._continued(ids, cache, past, inputs)
         if ids.shape[0] != request.layout.rows:
             request.expand(ids.shape[0])
         frame = request.advance(past, past + ids.shape[1], ids[:, -1])
         frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
         if not request.began:
             request.began = True
-            self._prefill_inputs = {**kwargs, "input_ids": ids}
-            self._lifecycle(Point.SAMPLE_BEGIN)
-            self._prefill_inputs = {}
+            self._prefill_inputs = inputs
+            try:
+                self._lifecycle(Point.SAMPLE_BEGIN)
+            finally:
+                self._prefill_inputs = {}
         self._lifecycle(Point.STEP_BEGIN)
+
+    def _refuse_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse forwards in which methods would silently not act, or the caller not get what is asked for."""
+        name = self.adapter.decoder_config(self.model)._attn_implementation_internal
+        if self._points is not None and name != attention.ATTENTION_NAME:
+            raise StackConflict(
+                f"the attention implementation was set to {name!r} while a stack was attached; set it before attaching"
+            )
+        if self._points is not None and inputs.get("output_attentions"):
+            raise StackConflict("output_attentions cannot be collected while a stack acts on attention; leave it out")
+        if inputs.get("return_dict") is False:
+            raise StackConflict("return_dict=False is not served while a stack is attached; leave it out")
+
+    def _continued(self, ids: Tensor, cache: Any, past: int, inputs: Mapping[str, Any]) -> Request:
+        """Return the request a forward belongs to; a fresh prompt outside ``generate`` opens one."""
+        request = self.request
+        if request is not None and request.generating:
+            if request.began and cache is not request.cache:
+                raise StackConflict(
+                    "the model was called in the middle of its own generate (by a logits processor, or another thread);"
+                    " that cannot be combined with methods"
+                )
+        elif past == 0:
+            self.end()
+            request = self.new_request(ids, inputs.get("attention_mask"), inputs)
+            self.begin(request)
+        elif request is None or past != request.layout.length:
+            raise LayoutError(
+                "a cached forward that does not continue a prompt run under this stack; run the prompt first"
+            )
+        request.cache = cache
+        return request
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._diagnosing:
@@ -202,7 +257,8 @@ class HookBus:
             request.totals.count("forwards", 1.0, active)
             request.totals.count("attention_rows", float(predictors * len(self._layers)), active)
             for item in self.subscriptions(Point.NEXT_TOKEN_LOGITS):
-                self._edit_logits(item, request, frame, output)
+                if self.serves(item, frame):
+                    self._edit_logits(item, request, frame, output)
             request.graph_logits = output.logits[:, -1] if frame.gradient else None
             if frame.phase is Phase.PREFILL:
                 self._lifecycle(Point.PREFILL_END)
@@ -226,9 +282,8 @@ class HookBus:
         """See `Request.diagnose`."""
         outer, inputs = request.frame, self.adapter.whole_prompt(self._prefill_inputs, request)
         length = request.layout.prompt_length
-        request.frame = Frame(
-            phase=Phase.DIAGNOSTIC, step=0, start=0, stop=length, branch="diagnostic", owner=state.key
-        )
+        phase = Phase.DIAGNOSTIC
+        request.enter(Frame(phase=phase, step=0, start=0, stop=length, branch=phase.value, owner=state.key))
         stop = self._layers[last_layer].register_forward_hook(_enough)
         self._diagnosing = True
         try:
@@ -241,7 +296,9 @@ class HookBus:
             raise
         finally:
             stop.remove()
-            self._diagnosing, request.frame = False, outer
+            self._diagnosing = False
+            if outer is not None:
+                request.enter(outer)
 
     # -------------------------------------------------------------------------------------------------------- layers
 
@@ -271,9 +328,9 @@ class HookBus:
         edited = self.call(item, event)
         if edited is None:
             return hidden
-        changed = (edited != hidden).any(-1).sum(1)
-        request.state(item.key).count("tokens_edited", changed)
-        return cast(Tensor, edited)
+        kept = torch.where(request.finished.to(hidden.device)[:, None, None], hidden, edited)
+        request.state(item.key).count("tokens_edited", (kept != hidden).any(-1).sum(1))
+        return kept
 
     @staticmethod
     def serves(item: BoundSubscription, frame: Frame) -> bool:

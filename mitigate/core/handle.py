@@ -1,4 +1,4 @@
-"""The handle of an attached stack: generation, telemetry, and the questions users ask first."""
+"""The handle of an attached stack: generation, telemetry, and the question users ask first."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mitigate.errors import ConfigError, LayoutError, StackConflict
+from mitigate.errors import ConfigError, LayoutError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from PIL.Image import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
     from mitigate.core.bus import HookBus
     from mitigate.core.stack import Stack
-
-#: Arguments of ``generate`` under which rows or steps are not what a method thinks they are.
-_REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "negative_prompt_ids")
 
 
 class Handle:
@@ -41,8 +38,9 @@ class Handle:
         self.bus: HookBus | None = None
         self.attached = True
         self._samples = 0
+        self._generate: Callable[..., Any] = model.generate
 
-    def generate(self, *, seed: int = 0, sample_ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, seed: int = 0, sample_ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the stack; takes and returns what ``model.generate`` takes and returns.
 
         Parameters
@@ -52,44 +50,49 @@ class Handle:
         sample_ids
             One name per sample: a sample's draws depend on the seed and its name, not on its place in the batch.
             Row numbers by default.
-        **kwargs
+        *args, **kwargs
             Model inputs and arguments of ``model.generate``.
 
         Raises
         ------
         StackConflict
             If the stack excludes a way of decoding (beams with a token-selecting method, assisted decoding).
+        ConfigError
+            If the stack is no longer attached, or there is not one sample id per sample.
         """
         if not self.attached:
             raise ConfigError("the stack is no longer attached; generate inside the with block")
-        self._samples = self._ids(kwargs).shape[0]
+        kwargs = self._named(args, kwargs)
         if self.bus is None:
-            return self.model.generate(**kwargs)
+            inputs = kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
+            self._samples = len(inputs) if inputs is not None else 1
+            return self._generate(**kwargs)
         if not self.stack.selects_token:
-            with self._request(kwargs, seed, sample_ids):
-                return type(self.model).generate(self.model, **kwargs)
-        from mitigate.decoding.loop import check_arguments, decode
+            with self._request(kwargs, self._config(kwargs), seed, sample_ids):
+                return self._generate(**kwargs)
+        return self._generate_selecting(kwargs, seed, sample_ids)
 
-        kwargs = check_arguments(self.model, kwargs)
+    def _generate_selecting(self, kwargs: dict[str, Any], seed: int, sample_ids: Sequence[str] | None) -> Any:
+        """Generate through the project's own loop."""
+        from mitigate.decoding.loop import check_decoding, decode, with_stop_strings
+
+        config = self._config(kwargs)
+        check_decoding(config, kwargs)
+        kwargs = with_stop_strings(kwargs, config, getattr(self.processor, "tokenizer", None))
         escape = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with escape, _frozen(self.model) if self.stack.needs_gradient else nullcontext():
             kwargs = {name: _usable(value) for name, value in kwargs.items()}
-            with self._request(kwargs, seed, sample_ids):
+            with self._request(kwargs, config, seed, sample_ids):
                 streamer = kwargs.pop("streamer", None)
-                return type(self.model).generate(
-                    self.model, custom_generate=decode, bus=self.bus, token_streamer=streamer, **kwargs
-                )
+                return self._generate(custom_generate=decode, bus=self.bus, token_streamer=streamer, **kwargs)
 
-    def plain_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def plain_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Serve ``model.generate`` called directly while the stack is attached."""
         if self.stack.selects_token:
             raise StackConflict(
                 "the stack selects tokens, which model.generate cannot do; call handle.generate instead"
             )
-        names = list(inspect.signature(original).parameters)
-        kwargs.update(zip(names, args, strict=False))
-        with self._request(kwargs, 0, None):
-            return original(**kwargs)
+        return self.generate(*args, **kwargs)
 
     def telemetry(self) -> list[dict[str, dict[str, float]]]:
         """Return what the methods counted in the last request: per sample, method key -> counter -> value."""
@@ -115,36 +118,46 @@ class Handle:
             raise ConfigError("ask() needs the processor: stack.attach(model, processor)")
         images = list(image) if isinstance(image, Sequence) else [image]
         inputs = adapter_for(self.model).inputs(self.model, self.processor, [prompt], [images])
-        sequences = self.generate(**inputs, **kwargs)
+        output = self.generate(**inputs, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
         fresh = sequences[0, inputs["input_ids"].shape[1] :]
         text: str = self.processor.tokenizer.decode(fresh, skip_special_tokens=True)
         return text.strip()
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    @staticmethod
-    def _ids(kwargs: dict[str, Any]) -> Tensor:
+    def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give positional arguments of ``generate`` their names."""
+        names = list(inspect.signature(type(self.model).generate).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _config(self, kwargs: dict[str, Any]) -> GenerationConfig:
+        """Resolve what ``generate`` will do: arguments, over a passed configuration, over the model's own."""
+        given = {name: value for name, value in kwargs.items() if name != "generation_config"}
+        config: GenerationConfig = self.model._prepare_generation_config(kwargs.get("generation_config"), **given)[0]
+        return config
+
+    @contextmanager
+    def _request(
+        self, kwargs: dict[str, Any], config: GenerationConfig, seed: int, sample_ids: Sequence[str] | None
+    ) -> Iterator[None]:
+        """Open a request for one call of ``generate`` and close it whatever happens."""
+        bus = cast("HookBus", self.bus)
+        _check_arguments(kwargs, config)
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         if ids is None:
             raise LayoutError("generate needs input_ids: token roles cannot be known from embeddings alone")
-        return ids  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _request(self, kwargs: dict[str, Any], seed: int, sample_ids: Sequence[str] | None) -> Iterator[None]:
-        """Open a request for one call of ``generate`` and close it whatever happens."""
-        bus = cast("HookBus", self.bus)
-        refused = [name for name in _REFUSED if kwargs.get(name) is not None]
-        if refused:
-            raise StackConflict(f"generate argument {refused[0]!r} cannot be combined with methods; leave it out")
-        ids = self._ids(kwargs)
+        if ids.shape[0] > 1 and not self.stack.batch:
+            raise StackConflict("a method of the stack serves one sample at a time; generate them one by one")
+        if sample_ids is not None and len(sample_ids) != ids.shape[0]:
+            raise ConfigError(f"sample_ids has {len(sample_ids)} entries for {ids.shape[0]} samples")
+        ends = _listed(config.eos_token_id)
+        pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
         mask = kwargs.get("attention_mask")
-        config = kwargs.get("generation_config") or self.model.generation_config
-        ends = kwargs.get("eos_token_id", config.eos_token_id)
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        if mask is None and pad is not None and pad not in _listed(ends):
+        if mask is None and pad is not None and pad not in ends:
             mask = (ids != pad).long()  # as generate itself infers it
         request = bus.new_request(
-            ids, mask, kwargs, seed=seed, sample_ids=sample_ids, end_tokens=_listed(ends), generating=True
+            ids, mask, kwargs, seed=seed, sample_ids=sample_ids, end_tokens=ends, pad_token=pad, generating=True
         )
         bus.begin(request)
         try:
@@ -152,6 +165,26 @@ class Handle:
             bus.end()
         finally:
             bus.request = None
+
+
+def _check_arguments(kwargs: dict[str, Any], config: GenerationConfig) -> None:
+    """Refuse arguments of ``generate`` under which rows or steps are not what a method thinks they are.
+
+    Raises
+    ------
+    StackConflict
+        For assisted decoding, guidance by a second stream, and collected attentions.
+    """
+    refused = {
+        "assistant_model": kwargs.get("assistant_model") is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": config.assistant_early_exit is not None,
+        "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
+        "output_attentions": bool(config.output_attentions),
+    }
+    for name, wrong in refused.items():
+        if wrong:
+            raise StackConflict(f"generate argument {name!r} cannot be combined with methods; leave it out")
 
 
 def _listed(tokens: Any) -> list[int]:
@@ -170,6 +203,10 @@ def _usable(value: Any) -> Any:
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Keep parameters out of the graphs: only attention rows are differentiated."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModel(
+            "the model was loaded under torch.inference_mode, which excludes gradients; load it outside"
+        )
     thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in thawed:
         parameter.requires_grad_(False)

@@ -43,6 +43,8 @@ class Tags:
         Needs the gradient of the last attention row.
     selects_token
         Chooses the next token itself; such a stack runs with ``handle.generate`` only.
+    owns_loop
+        Drives the decoding loop; at most one method of a stack can.
     stochastic
         Draws random numbers (from the request's per-sample generators).
     batch

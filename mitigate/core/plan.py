@@ -99,6 +99,10 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
         raise PluginError(f"{key} {kind} {point.value} but its tags do not say so: add it to tags.{kind}")
     if subscription.access is Access.GRADIENT and not method.tags.gradient:
         raise PluginError(f"{key} asks for gradients but its tags do not say so: set tags.gradient")
+    if subscription.access is Access.GRADIENT and (point, subscription.rows) != (Point.ATTENTION_PROBS, Rows.LAST):
+        raise PluginError(f"{key}: access 'gradient' is for {Point.ATTENTION_PROBS.value} with rows 'last' only")
+    if point is Point.SELECT_TOKEN and not method.tags.selects_token:
+        raise PluginError(f"{key} selects tokens but its tags do not say so: set tags.selects_token")
     if (point in LAYER_POINTS) != bool(subscription.layers):
         raise PluginError(
             f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers"

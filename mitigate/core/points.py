@@ -66,7 +66,11 @@ class Rows(StrEnum):
 
 
 class Access(StrEnum):
-    """What a subscription does with the value. ``gradient`` reads it together with d(scalar)/d(value)."""
+    """What a subscription does with the value.
+
+    ``gradient`` reads attention weights together with d(scalar)/d(weights); it sees what all writers of the layer left,
+    whatever its place in the stack.
+    """
 
     READ = "read"
     WRITE = "write"
@@ -277,6 +281,3 @@ class SelectToken(Event):
             ``access="gradient"``.
         """
         return self.request.attention_gradients(self, cotangent)
-
-
-Lifecycle = Event

@@ -62,6 +62,14 @@ class Frame:
     gradient: bool = False
     selections: dict[Any, RowSelection | None] = field(default_factory=dict)
     tape: dict[int, Tensor] = field(default_factory=dict)
+    _positions: tuple[Tensor, Tensor] | None = None
+
+    def positions(self, local: Tensor) -> Tensor:
+        """Columns of local rows; the same tensor object for the same rows, so that methods can cache by it."""
+        known = self._positions
+        if known is None or known[0] is not local:
+            known = self._positions = (local, local + self.start)
+        return known[1]
 
     def event(self, request: Request) -> dict[str, Any]:
         """Return what every event of this forward says, as keyword arguments."""
@@ -94,6 +102,7 @@ class Request:
         seed: int = 0,
         sample_ids: Sequence[str] | None = None,
         end_tokens: Iterable[int] = (),
+        pad_token: int | None = None,
         generating: bool = False,
     ) -> None:
         self.bus = bus
@@ -101,15 +110,17 @@ class Request:
         self.ids = ids
         self.seed = seed
         self.sample_ids = [str(index) for index in range(layout.rows)] if sample_ids is None else list(sample_ids)
-        if len(self.sample_ids) != layout.rows:
-            raise HookError(f"sample_ids has {len(self.sample_ids)} entries for {layout.rows} samples")
         self.samples = layout.rows
         self.facts = bus.adapter.facts(bus.model)
         self.end_tokens = torch.tensor(sorted(set(end_tokens)), device=ids.device, dtype=ids.dtype)
+        # a row that is fed padding has been ended by some stopping criterion
+        fed_when_finished = sorted({*end_tokens, *([] if pad_token is None else [pad_token])})
+        self._closing = torch.tensor(fed_when_finished, device=ids.device, dtype=ids.dtype)
         self.finished = torch.zeros(layout.rows, dtype=torch.bool, device=ids.device)
         self.generating = generating
         self.began = False
-        self.states: dict[str, MethodState] = {}
+        self.cache: Any = None
+        self.states = {key: MethodState(key, layout.rows) for key in bus.methods}
         self.totals = MethodState("bus", layout.rows)
         self.frame: Frame | None = None
         self.graph_logits: Tensor | None = None
@@ -147,8 +158,6 @@ class Request:
 
     def state(self, key: str) -> MethodState:
         """Return the memory of a method of the stack."""
-        if key not in self.states:
-            self.states[key] = MethodState(key, self.layout.rows)
         return self.states[key]
 
     def expand(self, rows: int) -> None:
@@ -169,12 +178,16 @@ class Request:
         prompt = self.layout.prompt_length
         self.layout = self.layout.grown(max(stop, prompt))
         phase = Phase.PREFILL if stop <= prompt else Phase.DECODE
-        if phase is Phase.DECODE and last_ids is not None and len(self.end_tokens):
-            self.finished = self.finished | torch.isin(last_ids, self.end_tokens)
+        if phase is Phase.DECODE and last_ids is not None and len(self._closing):
+            self.finished = self.finished | torch.isin(last_ids, self._closing)
+        return self.enter(Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop))
+
+    def enter(self, frame: Frame) -> Frame:
+        """Make a frame the running one; what methods kept for the forward before is dropped."""
         for state in self.states.values():
             state.forward.clear()
-        self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
-        return self.frame
+        self.frame = frame
+        return frame
 
     def diagnose(self, state: MethodState, *, last_layer: int) -> None:
         """Run an extra, unedited forward over the whole prompt and call this method's ``diagnostic`` subscriptions.

@@ -39,17 +39,17 @@ class Stack:
     """
 
     def __init__(self, methods: Mapping[str, Method] | Sequence[Method] = ()) -> None:
-        if isinstance(methods, Mapping):
-            self.methods = dict(methods)
-        else:
-            self.methods = {}
-            for method in methods:
-                if not isinstance(method, Method):
-                    raise ConfigError(
-                        f"a stack takes methods, not {method!r}; write Stack([TheMethod()]) with instances"
-                    )
-                copies = sum(other.name == method.name for other in self.methods.values())
-                self.methods[method.name + (f"_{copies + 1}" if copies else "")] = method
+        named = methods.items() if isinstance(methods, Mapping) else ((None, method) for method in methods)
+        self.methods: dict[str, Method] = {}
+        for key, method in named:
+            if not isinstance(method, Method):
+                raise ConfigError(f"a stack takes methods, not {method!r}; write Stack([TheMethod(parameter=value)])")
+            self.methods[key or self._free_key(method.name)] = method
+
+    def _free_key(self, name: str) -> str:
+        """Return the name, numbered when it is taken."""
+        copies = (f"{name}_{number}" for number in range(2, len(self.methods) + 3))
+        return next(key for key in (name, *copies) if key not in self.methods)
 
     def __repr__(self) -> str:
         return f"Stack({self.methods!r})"
@@ -118,18 +118,17 @@ class Stack:
 
 def _replace_generate(model: PreTrainedModel, handle: Handle, undo: ExitStack) -> None:
     """Give this one model object a ``generate`` that opens a request; the class stays untouched."""
-    had = "generate" in vars(model)
-    original = model.generate
+    own = vars(model).get("generate")
 
     def restore() -> None:
-        if had:
-            model.generate = original
+        if own is not None:
+            model.generate = own
         else:
             del model.generate
 
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return handle.plain_generate(original, *args, **kwargs)
+        return handle.plain_generate(*args, **kwargs)
 
+    generate.__doc__ = model.generate.__doc__
     undo.callback(restore)
-    generate.__doc__ = original.__doc__
     model.generate = types.MethodType(generate, model)

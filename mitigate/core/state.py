@@ -28,11 +28,12 @@ class MethodState(SimpleNamespace):
         self._changes: list[Tensor] = []
         self.forward: dict[str, Any] = {}
 
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that is the same for all layers of a forward, computed the first time it is asked for."""
-        if name not in self.forward:
-            self.forward[name] = compute()
-        return self.forward[name]
+    def once(self, name: str, source: Any, compute: Callable[[], Any]) -> Any:
+        """Return a value that layers of a forward share; computed anew when it stems from another ``source`` object."""
+        known = self.forward.get(name)
+        if known is None or known[0] is not source:
+            known = self.forward[name] = (source, compute())
+        return known[1]
 
     def note_change(self, change: Tensor) -> None:
         """Note by how much an edit changed attention rows, ``[B, R]`` (L1); counted at the end of the forward."""

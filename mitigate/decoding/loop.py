@@ -7,6 +7,7 @@ graph over a detached cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from transformers.generation import (
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
-from mitigate.errors import StackConflict, UnsupportedModel
+from mitigate.errors import ConfigError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,34 +43,46 @@ _PICTURES = (
 )
 
 
-def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Refuse arguments of ``generate`` a token-selecting stack cannot honour; return the others.
+def check_decoding(config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
+    """Refuse ways of decoding that a token-selecting stack cannot honour.
 
     Raises
     ------
     StackConflict
-        For beams, static caches, chunked prefill, captured attentions or hidden states.
+        For beams, static caches, chunked prefill, collected hidden states, or another custom loop.
     """
-    config = kwargs.get("generation_config") or model.generation_config
-
-    def value(name: str) -> Any:
-        given = kwargs.get(name)
-        return getattr(config, name, None) if given is None else given
-
-    if (value("num_beams") or 1) > 1:
+    if (config.num_beams or 1) > 1:
         raise StackConflict("beam search keeps several hypotheses, but the stack selects one token; use num_beams=1")
-    if value("use_cache") is False:
+    if config.use_cache is False:
         raise StackConflict("the stack decodes token by token over a cache; leave use_cache on")
-    if value("cache_implementation") not in (None, "dynamic"):
+    if config.cache_implementation not in (None, "dynamic"):
         raise StackConflict("the stack needs the dynamic cache; leave cache_implementation unset")
-    if value("prefill_chunk_size"):
+    if config.prefill_chunk_size:
         raise StackConflict("a token-selecting stack cannot chunk the prefill; leave prefill_chunk_size unset")
-    for name in ("output_attentions", "output_hidden_states"):
-        if value(name):
-            raise StackConflict(f"{name} is not collected for a token-selecting stack; leave it out")
+    if config.output_hidden_states:
+        raise StackConflict("output_hidden_states is not collected for a token-selecting stack; leave it out")
     if kwargs.get("custom_generate") is not None:
         raise StackConflict("custom_generate owns the decoding loop, and so does the stack; use one of them")
-    return dict(kwargs)
+
+
+def with_stop_strings(kwargs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
+    """Turn ``stop_strings`` into a stopping criterion: ``generate`` keeps the tokenizer from a custom loop.
+
+    Raises
+    ------
+    ConfigError
+        If there are stop strings but no tokenizer.
+    """
+    tokenizer = kwargs.pop("tokenizer", tokenizer)
+    if not config.stop_strings:
+        return kwargs
+    if tokenizer is None:
+        raise ConfigError("stop_strings need a tokenizer: pass tokenizer=..., or attach with the processor")
+    if "stop_strings" not in kwargs:
+        raise StackConflict("give stop_strings to generate itself, not inside a generation_config")
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=tokenizer))
+    return {**kwargs, "stopping_criteria": criteria}
 
 
 def decode(
@@ -113,7 +127,7 @@ def decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         if token_streamer is not None:
             token_streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        unfinished = unfinished & ~stopping_criteria(input_ids, tuple(kept_scores) or None)
         request.finished = ~unfinished
         if not bool(unfinished.any()):
             break

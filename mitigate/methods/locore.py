@@ -101,7 +101,7 @@ class LocoRE(Method):
         """A[q*, j] <- A[q*, j] * gamma_j (Algorithm 2)."""
         if self.beta == 0.0:
             return None
-        window = state.once("window", lambda: self._window(event, event.probs))
+        window = state.once("window", event.rows, lambda: self._window(event, event.probs))
         gained = torch.where(window, event.probs * (1.0 + self.beta), event.probs)
         return gained if self.mode == "post_raw" else gained / gained.sum(-1, keepdim=True)
 
@@ -115,7 +115,7 @@ class LocoRE(Method):
             if self.mode == "logit_scale"
             else scores + torch.log1p(scores.new_tensor(self.beta))
         )
-        return torch.where(state.once("window", lambda: self._window(event, scores)), moved, scores)
+        return torch.where(state.once("window", event.rows, lambda: self._window(event, scores)), moved, scores)
 
     def _window(self, event: AttentionProbs | AttentionScores, matrix: Tensor) -> Tensor:
         """Keys with gamma_j > 1: J = {S0 <= j < q*} within the window, ``[B, 1, R, K]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,10 +60,17 @@ def test_class_token_of_the_full_strategy_is_no_patch():
     assert span.stop == 39
 
 
-def test_odd_patch_size_is_refused():
+def test_patches_that_do_not_fill_the_picture_are_not_counted():
     model = tiny_llava(seed=0)
-    model.config.vision_config.patch_size = 5
-    with pytest.raises(UnsupportedModel, match="no multiple of patch"):
+    model.config.vision_config.patch_size = 5  # 24 pixels: 4 patches a side
+    span = LlavaAdapter().layout(model, torch.tensor([[1, *[IMAGE] * 16]]), None, {}).images[0][0]
+    assert span.grid == (4, 4)
+
+
+def test_unknown_tower_is_refused():
+    model = tiny_llava(seed=0)
+    model.config.vision_config = transformers.SiglipVisionConfig()
+    with pytest.raises(UnsupportedModel, match="siglip"):
         LlavaAdapter().layout(model, torch.tensor([[1, IMAGE]]), None, {})
 
 
