@@ -139,7 +139,7 @@ def splice(base: Tensor, rows: Tensor, local: Tensor, edited: Tensor | None) -> 
     base
         ``[B, Q, H, d]``.
     rows
-        ``[B, R, H, d]``; where they carry a graph, unedited rows of the result carry it too, with the value of ``base``.
+        ``[B, R, H, d]``; where they carry a graph, unedited rows of the result carry it too, valued as in ``base``.
     local
         ``[R]`` row indices into Q.
     edited

@@ -292,7 +292,7 @@ class HookBus:
         except _Enough:
             state.count("extra_forwards", 1.0)
         except Exception as error:
-            self._model_error = error
+            self._model_error = error  # so that the method is not blamed for it
             raise
         finally:
             stop.remove()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from mitigate.errors import ConfigError, LayoutError, StackConflict, UnsupportedModel
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
     from mitigate.core.bus import HookBus
+    from mitigate.core.request import Request
     from mitigate.core.stack import Stack
 
 
@@ -68,8 +70,9 @@ class Handle:
             self._samples = len(inputs) if inputs is not None else 1
             return self._generate(**kwargs)
         if not self.stack.selects_token:
-            with self._request(kwargs, self._config(kwargs), seed, sample_ids):
-                return self._generate(**kwargs)
+            config = self._config(kwargs)
+            with self._request(kwargs, config, seed, sample_ids) as request:
+                return self._generate(**_observed(kwargs, config, request))
         return self._generate_selecting(kwargs, seed, sample_ids)
 
     def _generate_selecting(self, kwargs: dict[str, Any], seed: int, sample_ids: Sequence[str] | None) -> Any:
@@ -140,7 +143,7 @@ class Handle:
     @contextmanager
     def _request(
         self, kwargs: dict[str, Any], config: GenerationConfig, seed: int, sample_ids: Sequence[str] | None
-    ) -> Iterator[None]:
+    ) -> Iterator[Request]:
         """Open a request for one call of ``generate`` and close it whatever happens."""
         bus = cast("HookBus", self.bus)
         _check_arguments(kwargs, config)
@@ -161,10 +164,33 @@ class Handle:
         )
         bus.begin(request)
         try:
-            yield
+            yield request
             bus.end()
         finally:
             bus.request = None
+
+
+def _observed(kwargs: dict[str, Any], config: GenerationConfig, request: Request) -> dict[str, Any]:
+    """Let the request know which rows the caller's own stopping criteria end."""
+    criteria = kwargs.get("stopping_criteria")
+    if not criteria or (config.num_beams or 1) > 1:
+        return kwargs
+    return {**kwargs, "stopping_criteria": StoppingCriteriaList(_Observed(item, request) for item in criteria)}
+
+
+class _Observed(StoppingCriteria):  # type: ignore[misc]
+    """A stopping criterion whose verdicts the request hears."""
+
+    def __init__(self, criterion: Any, request: Request) -> None:
+        self._criterion, self._request = criterion, request
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        done = self._criterion(input_ids, scores, **kwargs)
+        self._request.finished = self._request.finished | done.to(self._request.finished.device)
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._criterion, name)
 
 
 def _check_arguments(kwargs: dict[str, Any], config: GenerationConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -111,6 +112,11 @@ class Method:
         if preset_name not in cls.presets:
             raise UnknownName(f"{cls.name} has no preset {preset_name!r}; it has: {', '.join(cls.presets)}")
         return cls(**{**cls.presets[preset_name], **values})
+
+    def require_finite(self, *parameters: str) -> None:
+        """Raise a `ConfigError` if one of the parameters is infinite or not a number."""
+        for parameter in parameters:
+            self.require(math.isfinite(getattr(self, parameter)), parameter, "be a finite number")
 
     def params(self) -> dict[str, Any]:
         """Return the parameters by name."""

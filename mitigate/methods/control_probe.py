@@ -52,6 +52,7 @@ class ControlProbe(Method):
     scale: float = 0.5
 
     def __post_init__(self) -> None:
+        self.require_finite("scale")
         self.require(self.scale >= 0.0, "scale", "not be negative")
 
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:

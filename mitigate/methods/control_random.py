@@ -57,6 +57,7 @@ class ControlRandom(Method):
     layers: str = "all"
 
     def __post_init__(self) -> None:
+        self.require_finite("beta")
         self.require(self.beta >= 0.0, "beta", "not be negative")
         self.require(self.window >= 1, "window", "be at least 1")
 

@@ -85,6 +85,7 @@ class LocoRE(Method):
     include_self: bool = False
 
     def __post_init__(self) -> None:
+        self.require_finite("beta")
         self.require(self.beta > -1.0, "beta", "be above -1 (the gain 1 + beta must be positive)")
         self.require(self.window >= 1, "window", "be at least 1")
         self.require_option("mode", ("post_raw", "post_renorm", *_SCORE_MODES))

@@ -119,6 +119,7 @@ class SCR(Method):
     source_selection: str = "attention"
 
     def __post_init__(self) -> None:
+        self.require_finite("lam")
         self.require(self.lam >= 1.0, "lam", "be at least 1 (1 changes nothing)")
         self.require(self.k_src >= 1, "k_src", "be at least 1")
         self.require_option("text_queries", ("after_image", "last"))
@@ -130,12 +131,11 @@ class SCR(Method):
         """Rank in a diagnostic pass, then edit whenever the picture's columns are computed."""
         early = f"0-{math.ceil(0.375 * model.layers) - 1}" if self.layers == "auto" else self.layers
         edited = parse_layers(early, model.layers, name=f"methods.{self.name}.layers")
-        read = parse_layers(self.diagnostic_layers, model.layers, name=f"methods.{self.name}.diagnostic_layers")
         return [
             Subscription(point=Point.SAMPLE_BEGIN, where="asks for the diagnostic pass"),
             Subscription(
                 point=Point.ATTENTION_PROBS,
-                layers=read,
+                layers=self._ranking_layers(model),
                 phases=frozenset({Phase.DIAGNOSTIC}),
                 rows=self._queries,
                 where="text after the image -> patches",
@@ -147,6 +147,9 @@ class SCR(Method):
                 where=f"{self.k_src} source patches and their neighbours",
             ),
         ]
+
+    def _ranking_layers(self, model: ModelFacts) -> tuple[int, ...]:
+        return parse_layers(self.diagnostic_layers, model.layers, name=f"methods.{self.name}.diagnostic_layers")
 
     def _queries(self, layout: TokenLayout) -> Tensor:
         """Text rows that vote on some image, ``[B, L]``."""
@@ -168,8 +171,7 @@ class SCR(Method):
             return  # the identity costs no diagnostic pass
         state.attention = {}
         if self.source_selection == "attention":
-            last = max(self.subscriptions(event.request.facts)[1].layers)
-            event.request.diagnose(state, last_layer=last)
+            event.request.diagnose(state, last_layer=max(self._ranking_layers(event.request.facts)))
         sources: list[tuple[int, int]] = []
         owned: list[tuple[int, int]] = []
         owner: list[int] = []

@@ -82,8 +82,8 @@ class SGRS(Method):
     reduce
         Eq. 6: ``mean`` over the earlier text, ``sum``, or ``window_sum`` over its last ``window`` keys.
     proposal
-        ``sample`` draws candidates by probability (temperature 1, the request's seeded generators); ``greedy_order``
-        tries them from the most probable down.
+        ``sample`` draws candidates by their probability after the caller's logits processors (none by default, the
+        paper's temperature 1), from the request's seeded generators; ``greedy_order`` tries the most probable first.
     history_on_fallback
         Whether a fallback's score enters the history: ``append`` (code) or ``skip`` (Algorithm 1).
     on_skip
@@ -135,6 +135,7 @@ class SGRS(Method):
     query_row: str = "predictor"
 
     def __post_init__(self) -> None:
+        self.require_finite("alpha")
         self.require(self.alpha >= 0.0, "alpha", "not be negative")
         for parameter in ("top_k", "max_resample", "window"):
             self.require(getattr(self, parameter) >= 1, parameter, "be at least 1")
