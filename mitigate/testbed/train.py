@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -299,10 +300,25 @@ def train(config: TestbedTraining) -> Path:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     _claim(output, config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    # Denormal numbers cost several times the time on CPUs and carry nothing.
+    with _process_settings(config.threads):
+        return _train(config, output)
+
+
+@contextmanager
+def _process_settings(threads: int) -> Iterator[None]:
+    """Set the process up for training, and back: threads, and no denormal numbers (slow on CPUs, and worth nothing)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+
+
+def _train(config: TestbedTraining, output: Path) -> Path:
+    """Run the stages that are not finished, then save."""
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(config.size(), seed=config.seed)
     heads = Heads(config.width)
