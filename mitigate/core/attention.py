@@ -104,14 +104,15 @@ def row_scores(
     Returns
     -------
     Tensor
-        ``[B, H, R, K]`` float32.
+        ``[B, H, R, K]`` float32, or float64 for a float64 model.
     """
     batch, heads, _, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    rows = (query if len(local) == query.shape[2] else query[:, :, local]).float() * scaling
-    scores = rows.reshape(batch, groups, -1, width) @ key.float().transpose(-1, -2)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    rows = (query if len(local) == query.shape[2] else query[:, :, local]).to(exact) * scaling
+    scores = rows.reshape(batch, groups, -1, width) @ key.to(exact).transpose(-1, -2)
     scores = scores.view(batch, heads, len(local), keys)
-    lowest = torch.finfo(torch.float32).min
+    lowest = torch.finfo(exact).min
     if mask is None and query.shape[2] == 1:
         return scores  # a single cached step sees every key
     if mask is None:
@@ -120,7 +121,7 @@ def row_scores(
     rows_mask = mask[:, :, local, :keys]
     if rows_mask.dtype == torch.bool:
         return scores.masked_fill(~rows_mask, lowest)
-    return (scores + rows_mask.float()).clamp_min(lowest)
+    return (scores + rows_mask.to(exact)).clamp_min(lowest)
 
 
 def mix_values(probs: Tensor, value: Tensor) -> Tensor:

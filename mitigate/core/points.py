@@ -162,7 +162,7 @@ class AttentionScores(Event):
     Parameters
     ----------
     scores
-        ``[B, H, R, K]`` float32.
+        ``[B, H, R, K]`` float32 (float64 for a float64 model).
     rows
         ``[R]`` positions of the query rows.
     row_mask
@@ -182,7 +182,8 @@ class AttentionProbs(Event):
     Parameters
     ----------
     probs
-        ``[B, H, R, K]`` float32; rows sum to 1 unless an earlier method of the stack changed that.
+        ``[B, H, R, K]``, dtype as in `AttentionScores`; rows sum to 1 unless an earlier method of the stack changed
+        that.
     rows
         ``[R]`` positions of the query rows.
     row_mask
@@ -277,7 +278,7 @@ class SelectToken(Event):
         Returns
         -------
         dict
-            Layer -> ``(A, dA)``, each ``[B, H, K]`` float32, for the layers the method subscribed to with
+            Layer -> ``(A, dA)``, each ``[B, H, K]``, for the layers the method subscribed to with
             ``access="gradient"``.
         """
         return self.request.attention_gradients(self, cotangent)

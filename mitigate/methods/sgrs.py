@@ -286,12 +286,12 @@ class SGRS(Method):
             cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         layers = event.attention_gradients(cotangent * rows[:, None])
         per_layer = [self._share(attention, gradient, columns) for attention, gradient in layers.values()]
-        mean: Tensor = torch.stack(per_layer).mean(0)
+        mean: Tensor = torch.stack(per_layer).mean(0).float()
         return mean
 
     def _share(self, attention: Tensor, gradient: Tensor, columns: Tensor) -> Tensor:
         """One layer's part of Eq. 6: ``[B, H, K]`` attention and gradient to ``[B]``."""
-        row = (attention * gradient).abs().sum(1).float()  # Eq. 4, summed over heads
+        row = (attention * gradient).abs().sum(1)  # Eq. 4, summed over heads
         if self.norm == "row_l2":
             size = row.norm(dim=-1)
         elif self.norm == "row_l1":

@@ -54,6 +54,21 @@ def test_equals_naive_full_sequence(mode, history, layers, seed):
         torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_naive_to_1e_5(mode):
+    """In float64, where the reference's own rounding does not count; norms and rotary angles stay float32."""
+    model = tiny_llava(seed=5).double()
+    inputs = make_inputs(model, PROMPTS, seed=5)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    out, _ = generate(model, LocoRE(beta=0.8, window=3, mode=mode), inputs)
+    for row, sample in enumerate(split_rows(inputs, 6)):
+        tokens, logits = naive_locore.generate(
+            model, **sample, beta=0.8, window=3, mode=mode, layers=range(6), max_new_tokens=7, eos=(EOS,)
+        )
+        ours = torch.stack(out.logits, 1)[row, : len(tokens)]
+        torch.testing.assert_close(ours, logits.float(), rtol=0, atol=1e-5)
+
+
 def test_cached_equals_uncached(model):
     inputs = make_inputs(model, PROMPTS, seed=3)
     cached, _ = generate(model, LocoRE(beta=2.0), inputs)

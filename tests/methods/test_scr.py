@@ -47,6 +47,21 @@ def test_equals_naive_full_sequence(ownership, neighbourhood, k_src):
         torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
+def test_equals_naive_to_1e_5():
+    """In float64, where the reference's own rounding does not count; norms and rotary angles stay float32."""
+    model = tiny_llava(seed=5).double()
+    inputs = make_inputs(model, PROMPTS, seed=5)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    out, _ = generate(model, SCR(lam=1.6, k_src=5, layers="0-2", diagnostic_layers="1-3"), inputs)
+    for row, sample in enumerate(split_rows(inputs, 6)):
+        tokens, logits = naive_scr.generate(
+            model, **sample, lam=1.6, k_src=5, early_layers=range(3), diag_layers=range(1, 4),
+            max_new_tokens=6, eos=(EOS,),
+        )  # fmt: skip
+        ours = torch.stack(out.logits, 1)[row, : len(tokens)]
+        torch.testing.assert_close(ours, logits.float(), rtol=0, atol=1e-5)
+
+
 def test_cached_equals_uncached(model):
     inputs = make_inputs(model, PROMPTS, seed=3)
     cached, _ = generate(model, SCR(lam=1.5, k_src=4), inputs)
