@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as lightning
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
+from mitigate.errors import ConfigError
 from mitigate.records import RecordWriter, SampleRecord
 
 if TYPE_CHECKING:
@@ -222,20 +224,23 @@ def predict(
     """
     interrupt = _Interrupt()
     with _quiet_lightning():
-        trainer = lightning.Trainer(
-            accelerator=trainer_config["accelerator"],
-            devices=trainer_config["devices"],
-            num_nodes=trainer_config["num_nodes"],
-            strategy=trainer_config["strategy"],
-            inference_mode=not gradients,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[interrupt],
-            default_root_dir=str(folder),
-        )
+        asked = {key: trainer_config[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
+        try:
+            trainer = lightning.Trainer(
+                **asked,
+                inference_mode=not gradients,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                callbacks=[interrupt],
+                default_root_dir=str(folder),
+            )
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            settings = ", ".join(f"trainer.{key}={value}" for key, value in asked.items())
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{settings}: {reason}\nuse trainer=cpu, or ask for devices this machine has") from error
         try:
             trainer.predict(module, datamodule=data, return_predictions=False)
         except SystemExit:
