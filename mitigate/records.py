@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -69,18 +70,39 @@ def number(value: Any) -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write what `to_json` takes in one step: a reader, or a crash, sees the old file or the new one, no mixture."""
-    text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write what `to_json` takes; as `write_text`."""
+    write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader, or a crash, sees the old file or the new one, no mixture.
+
+    Raises
+    ------
+    DataError
+        If the disk refuses it.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        raise refused(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def refused(path: Path, error: OSError) -> DataError:
+    """Return what to tell a user whose disk did not take a file."""
+    return DataError(
+        f"cannot write {path}: {error.strerror or error}\n"
+        "finished samples are kept; when that is mended (free space, permissions), the same command goes on"
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -97,6 +119,24 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run's folder.
+
+    Raises
+    ------
+    DataError
+        If it is missing, damaged or something else; with the remedy.
+    """
+    remedy = f"delete {path.parent} to run it again"
+    try:
+        data = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}\n{remedy}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds no JSON object\n{remedy}")
+    return data
 
 
 def content_hash(parts: Iterable[Any]) -> str:
@@ -209,18 +249,26 @@ class RecordWriter:
         Folder of the run; made if missing.
     rank
         Number of the process.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be opened or repaired.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0) -> None:
         run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / f"samples.rank{rank}.jsonl"
-        # Unbuffered, so that a failed write leaves nothing behind that a later one would flush.
-        self._file = self.path.open("ab", buffering=0)
-        whole = _whole_length(self.path)
-        if whole < self._file.tell():
-            self._file.truncate(whole)
-            self._file.seek(whole)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that a failed write leaves nothing behind that a later one would flush.
+            self._file = self.path.open("ab", buffering=0)
+            whole = _whole_length(self.path)
+            if whole < self._file.tell():
+                self._file.truncate(whole)
+                self._file.seek(whole)
+        except OSError as error:
+            raise refused(self.path, error) from error
 
     def append(self, record: SampleRecord) -> None:
         """Write one record; as `extend`."""
@@ -244,7 +292,7 @@ class RecordWriter:
         except OSError as error:
             self._file.truncate(start)
             self._file.seek(start)
-            raise DataError(f"{self.path}: cannot write sample {records[0].id!r}: {error}") from error
+            raise refused(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -340,6 +388,8 @@ class RunRecord:
         Of the software.
     data_hash, prompt_hash
         Of the benchmark's samples and pictures, and of its prompts.
+    weights
+        What identifies the checkpoint: ``sha256:...`` of its files or ``commit:...`` of the hub; empty where unknown.
     created_at
         ISO time, UTC.
     """
@@ -356,6 +406,7 @@ class RunRecord:
     git: dict[str, str | bool | None] = field(default_factory=dict)
     data_hash: str = ""
     prompt_hash: str = ""
+    weights: str = ""
     created_at: str = ""
 
     def write(self, run_dir: Path) -> None:
@@ -381,7 +432,7 @@ class RunRecord:
             If a file is missing, damaged or of another version.
         """
         path = Path(run_dir) / "record.json"
-        data = {**read_json(Path(run_dir) / "config.json"), **read_json(path)}
+        data = {**read_object(Path(run_dir) / "config.json"), **read_object(path)}
         try:
             data["metrics"] = {
                 name: Interval(**{part: number(value) for part, value in interval.items()})
@@ -391,4 +442,6 @@ class RunRecord:
             data["telemetry"] = _read_telemetry(data["telemetry"])
             return cls(**data)
         except (KeyError, TypeError, AttributeError, DataError) as error:
-            raise DataError(f"{path} is no run record of this version: {error}") from None
+            raise DataError(
+                f"{path} is no run record of this version: {error}; delete {run_dir} to run it again"
+            ) from None

@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     before = writer.path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(DataError, match=r"'b'.*No space left"):
+        with pytest.raises(DataError, match="No space left on device\nfinished samples are kept"):
             writer.append(record("b"))
     assert writer.path.read_bytes() == before
     writer.append(record("c"))
@@ -267,7 +267,7 @@ def test_json_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
         write_json(path, {"a": object()})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DataError, match="No space left"):
             write_json(path, {"a": 1})
     assert read_json(path) == {"a": None}
     assert [item.name for item in path.parent.iterdir()] == ["x.json"]

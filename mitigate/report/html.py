@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mitigate.records import write_text
 from mitigate.report.plots import cost_plot, difference_plot
 from mitigate.runner.table import Column, columns, footnotes, number
 
@@ -37,9 +37,7 @@ def write_report(path: Path, comparison: Mapping[str, Any], examples: Sequence[E
     command
         Command line that made it.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(render(comparison, examples, command=command), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, render(comparison, examples, command=command))
 
 
 def render(comparison: Mapping[str, Any], examples: Sequence[Example], *, command: str = "") -> str:

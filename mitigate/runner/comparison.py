@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mitigate.errors import ConfigError
 from mitigate.records import RunRecord, read_samples, write_json
 from mitigate.report import choose_examples, write_report
+from mitigate.runner.folder import claim, is_first_process, refuse_run
 from mitigate.runner.identity import check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
@@ -74,17 +76,32 @@ def compare(
     Raises
     ------
     ConfigError
-        If the stacks cannot be compared, or a folder holds another run. Nothing has run then.
+        If the stacks cannot be compared, the folder cannot be written or another process works in it, or it holds
+        another run. Nothing has run then.
+    DataError
+        As `run_stack` does.
     """
     from mitigate.runner.module import process_rank
 
     directory = Path(directory)
     _check_comparable(resolved)
-    for item in resolved:
-        check_same_run(item, directory / item.stack_name)
-    if tracker is None:
-        tracker = configured_tracker(resolved[0], directory)
-    models, records = ModelCache(), {}
+    rank = process_rank()
+    with claim(directory) if is_first_process(rank) else nullcontext():
+        refuse_run(directory)
+        for item in resolved:
+            check_same_run(item, directory / item.stack_name)
+        if tracker is None:
+            tracker = configured_tracker(resolved[0], directory)
+        records = _run_all(resolved, directory, console)
+        if rank != 0:
+            return None
+        return _conclude(resolved, records, directory, console, tracker, command)
+
+
+def _run_all(resolved: Sequence[ResolvedRun], directory: Path, console: Console) -> dict[str, RunRecord]:
+    """Run the stacks one after the other, each one in its own folder."""
+    models = ModelCache()
+    records: dict[str, RunRecord] = {}
     try:
         with StackProgress(console, len(resolved)) as progress:
             for item in resolved:
@@ -94,9 +111,7 @@ def compare(
         line = f"Interrupted. Answers so far are in {directory}; the same command goes on from there."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         raise
-    if process_rank() != 0:
-        return None
-    return _conclude(resolved, records, directory, console, tracker, command)
+    return records
 
 
 def _conclude(

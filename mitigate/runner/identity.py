@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mitigate.errors import ConfigError
-from mitigate.records import read_json, to_json
-from mitigate.runner.provenance import plugin_versions
+from mitigate.errors import ConfigError, DataError
+from mitigate.records import read_object, to_json
+from mitigate.runner.fingerprint import weights_before_loading
+from mitigate.runner.folder import refuse_orphans
+from mitigate.runner.provenance import CODE, plugin_versions
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
@@ -46,25 +48,73 @@ def check_same_run(resolved: ResolvedRun, run_dir: Path) -> None:
     ConfigError
         Naming the settings that differ.
     DataError
-        If the folder's configuration cannot be read.
+        If the folder's configuration or record cannot be read, or is missing beside answers.
     """
+    refuse_orphans(run_dir)
     if not (run_dir / "config.json").exists():
         return
-    before, now = identity(read_json(run_dir / "config.json")["config"]), identity(resolved.config)
+    before, now = identity(_asked(run_dir)), identity(resolved.config)
+    recorded: dict[str, Any] = {}
     if (run_dir / "record.json").exists():
-        recorded = read_json(run_dir / "record.json").get("versions", {})
-        before |= {key: value for key, value in recorded.items() if key.startswith(("benchmark ", "method "))}
+        recorded = read_object(run_dir / "record.json")
+        versions = recorded.get("versions")
+        if not isinstance(versions, dict):
+            raise DataError(f"{run_dir / 'record.json'} is no run record; delete {run_dir} to run it again")
+        before |= {key: value for key, value in versions.items() if key.startswith(("benchmark ", "method ", CODE))}
         now |= plugin_versions(resolved)
     missing = object()
     keys = sorted(key for key in {*before, *now} if before.get(key, missing) != now.get(key, missing))
-    if not keys:
-        return
-    shown = [f"{key} was {_show(before, key)}, now {_show(now, key)}" for key in keys[:_SHOWN_DIFFERENCES]]
-    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-    raise ConfigError(
-        f"{run_dir} holds another run: {'; '.join(shown)}{more}\n"
+    told = [_told(before, now, key) for key in keys]
+    known = str(recorded.get("weights", ""))
+    # Hashing a large checkpoint takes a while: only where it can still decide.
+    if not told and known and other_weights(known, weights_before_loading(resolved.config["model"])):
+        told.append(_weights_changed(resolved))
+    if told:
+        raise another_run(run_dir, told)
+
+
+def check_loaded_weights(resolved: ResolvedRun, before: str, now: str, run_dir: Path) -> None:
+    """Refuse to go on with a run when loading shows that its model is another one by now.
+
+    Raises
+    ------
+    ConfigError
+        If both are known and differ.
+    """
+    if other_weights(before, now):
+        raise another_run(run_dir, [_weights_changed(resolved)])
+
+
+def other_weights(before: str, now: str) -> bool:
+    """Say whether two checkpoints differ for sure: both are known, by the same means, and are not equal."""
+    return bool(before and now) and before.split(":")[0] == now.split(":")[0] and before != now
+
+
+def another_run(run_dir: Path, told: list[str]) -> ConfigError:
+    """Return the refusal of a folder, with what differs and the remedy."""
+    more = f" and {len(told) - _SHOWN_DIFFERENCES} more" if len(told) > _SHOWN_DIFFERENCES else ""
+    return ConfigError(
+        f"{run_dir} holds another run: {'; '.join(told[:_SHOWN_DIFFERENCES])}{more}\n"
         f"give this one its own name (name=...) or delete {run_dir}"
     )
+
+
+def _asked(run_dir: Path) -> Mapping[str, Any]:
+    path = run_dir / "config.json"
+    config = read_object(path).get("config")
+    if not isinstance(config, dict):
+        raise DataError(f"{path} holds no configuration of a run; delete {run_dir} to run it again")
+    return config
+
+
+def _weights_changed(resolved: ResolvedRun) -> str:
+    return f"model {resolved.config['model']['name']}: its weights or its processor's files have changed"
+
+
+def _told(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> str:
+    if key.startswith(CODE):
+        return f"{key.removeprefix(CODE)}: its code has changed"
+    return f"{key} was {_show(before, key)}, now {_show(now, key)}"
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

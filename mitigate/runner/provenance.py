@@ -7,12 +7,16 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import mitigate
+from mitigate.runner.fingerprint import code_hash
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
+
+CODE: Final = "code of "
+"""What a key begins with under which `plugin_versions` tells the hash of a plugin's source."""
 
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "pytorch-lightning", "hydra-core", "numpy", "pillow", "wandb")
 
@@ -33,9 +37,12 @@ def versions(resolved: ResolvedRun) -> dict[str, str]:
 
 
 def plugin_versions(resolved: ResolvedRun) -> dict[str, str]:
-    """Return the declared versions of the benchmark and of each method."""
-    found = {f"benchmark {resolved.benchmark.name}": str(resolved.benchmark.version)}
-    return found | {f"method {method.name}": str(method.version) for method in resolved.methods.values()}
+    """Return the declared versions of the benchmark and of each method, and a short hash of the code behind each."""
+    benchmark = resolved.benchmark
+    plugins: list[tuple[str, Any]] = [("benchmark", benchmark)]
+    plugins += [("method", method) for method in resolved.methods.values()]
+    declared = {f"{kind} {plugin.name}": str(plugin.version) for kind, plugin in plugins}
+    return declared | {f"{CODE}{kind} {plugin.name}": code_hash(type(plugin)) for kind, plugin in plugins}
 
 
 def git_state() -> dict[str, str | bool | None]:

@@ -135,7 +135,12 @@ def _stack(
         },
         "cost": _cost(item, own, answers, baseline, summed),
         "notes": _stack_notes(idle, changed if against else None, baseline),
-        "record": {"created_at": record.created_at, "versions": record.versions, "git": record.git},
+        "record": {
+            "created_at": record.created_at,
+            "versions": record.versions,
+            "git": record.git,
+            "weights": record.weights,
+        },
     }
 
 

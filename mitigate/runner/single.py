@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -16,7 +16,9 @@ from mitigate.effects import totals
 from mitigate.errors import ConfigError, DataError
 from mitigate.records import RunRecord, SampleRecord, finished_ids, read_samples
 from mitigate.runner.batches import Batch, generate_arguments, plan_batches
-from mitigate.runner.identity import changes_since, check_same_run
+from mitigate.runner.fingerprint import weights_of_loaded
+from mitigate.runner.folder import is_first_process
+from mitigate.runner.identity import changes_since, check_loaded_weights, check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.provenance import git_state, versions
 from mitigate.statistics import intervals
@@ -128,14 +130,23 @@ def _finish(
     """Generate what is missing, score everything, write the finished record."""
     from mitigate.runner.module import process_rank
 
-    first = process_rank() == 0
+    first = is_first_process(process_rank())
+    loaded = None
+    if any(batch.missing(done) for batch in batches_of(resolved, stack=None)):
+        # Before anything is written: a model that cannot be loaded leaves no folder behind.
+        loaded = models.get(resolved.config["model"])
+        _check_facts(resolved, loaded)
+        weights = weights_of_loaded(resolved.config["model"], loaded)
+        check_loaded_weights(resolved, record.weights, weights, run_dir)
+        record = replace(record, weights=weights)
     if first:
         record.write(run_dir)
     try:
-        _generate(resolved, run_dir, done, models, progress)
+        _generate(resolved, run_dir, done, loaded, progress)
     except Exception:
         if first:
-            replace(record, status="failed").write(run_dir)
+            with suppress(DataError):  # a full disk: the first error is the one to tell
+                replace(record, status="failed").write(run_dir)
         raise
     answers = read_samples(run_dir)
     if len(answers) != record.samples:
@@ -157,19 +168,16 @@ def _finish(
 
 
 def _generate(
-    resolved: ResolvedRun, run_dir: Path, done: set[str], models: ModelCache, progress: StackProgress
+    resolved: ResolvedRun, run_dir: Path, done: set[str], loaded: LoadedModel | None, progress: StackProgress
 ) -> None:
-    """Generate the batches in which a record is missing."""
-    batches = batches_of(resolved, stack=None)
-    if not any(batch.missing(done) for batch in batches):
+    """Generate the batches in which a record is missing; without a model, none is."""
+    if loaded is None:
         progress.skip()
         return
     from mitigate.core.stack import Stack
     from mitigate.runner.module import BatchDataModule, StackModule, predict
 
     config = resolved.config
-    loaded = models.get(config["model"])
-    _check_facts(resolved, loaded)
     stack = Stack(resolved.methods)
     batches = batches_of(resolved, stack)
     progress.begin(resolved.stack_name, sum(len(batch.samples) for batch in batches), len(done))
@@ -207,6 +215,7 @@ def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: int) -> 
         git=git_state(),
         data_hash=_hash(resolved.benchmark, "data_hash"),
         prompt_hash=_hash(resolved.benchmark, "prompt_hash"),
+        weights=earlier.weights if earlier is not None else "",
         created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mitigate.records import RunRecord, read_samples
 from mitigate.report import choose_examples
+from mitigate.runner.folder import claim, is_first_process, refuse_comparison
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
 from mitigate.runner.single import ModelCache, run_stack
@@ -45,16 +47,23 @@ def run(resolved: ResolvedRun, run_dir: Path, *, console: Console, tracker: Trac
     Raises
     ------
     ConfigError, DataError
-        As `run_stack` does.
+        As `run_stack` does; also if the folder cannot be written, is in use, or holds a comparison.
     """
     from mitigate.runner.module import process_rank
 
-    run_dir = Path(run_dir)
-    tracker = tracker or configured_tracker(resolved, run_dir)
-    with StackProgress(console) as progress:
-        record = run_stack(resolved, run_dir, console=console, models=ModelCache(), progress=progress)
-    if process_rank() != 0:
-        return record
+    run_dir, rank = Path(run_dir), process_rank()
+    with claim(run_dir) if is_first_process(rank) else nullcontext():
+        refuse_comparison(run_dir)
+        tracker = tracker or configured_tracker(resolved, run_dir)
+        with StackProgress(console) as progress:
+            record = run_stack(resolved, run_dir, console=console, models=ModelCache(), progress=progress)
+        if rank == 0:
+            _show(resolved, record, run_dir, console, tracker)
+    return record
+
+
+def _show(resolved: ResolvedRun, record: RunRecord, run_dir: Path, console: Console, tracker: Tracker) -> None:
+    """Track a finished run, and say what is to be said about it."""
     stack = resolved.stack_name
     answers = {stack: {sample.id: sample for sample in read_samples(run_dir)}}
     data = summarise(run_dir.name, [resolved], {stack: record}, answers, notes=notes_of([resolved]))
@@ -62,7 +71,6 @@ def run(resolved: ResolvedRun, run_dir: Path, *, console: Console, tracker: Trac
     lines = [f"! {note}" for note in data["stacks"][stack]["notes"]]
     for line in [*lines, *track(tracker, data, [resolved], {stack: record}, examples, run_dir), *data["notes"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return record
 
 
 def configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
@@ -76,4 +84,5 @@ def configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
 
 def notes_of(resolved: Sequence[ResolvedRun]) -> list[str]:
     """Return the sentences that belong under every presentation of these runs."""
-    return [TESTBED_NOTE] if any(item.config["model"]["path"] == "testbed" for item in resolved) else []
+    small = any("testbed" in (item.config["benchmark"]["name"], item.config["model"]["path"]) for item in resolved)
+    return [TESTBED_NOTE] if small else []

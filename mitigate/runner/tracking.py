@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mitigate.errors import DataError
 from mitigate.records import content_hash, read_json, write_json
 from mitigate.report.examples import Example, hallucinated
 from mitigate.trackers.base import TrackedRun, Tracker
@@ -48,7 +49,7 @@ def track(
     """
     memory = directory / "tracked.json"
     destination = f"{tracker.name} {tracker.config.get('mode')} {tracker.config.get('project')}"
-    tracked: dict[str, dict[str, str]] = read_json(memory) if memory.exists() else {}
+    tracked, lines = _remembered(memory)
     known, places = tracked.setdefault(destination, {}), []
     for item in resolved:
         stack = item.stack_name
@@ -57,26 +58,40 @@ def track(
         if known.get(stack) == digest:
             continue
         try:
-            tracker.start(_described(item, records[stack], comparison))
+            tracker.start(_described(item, records[stack], comparison, destination))
             tracker.log(numbers)
             tracker.table("samples", SAMPLE_COLUMNS, sample_rows(stack, examples))
             place = tracker.finish()
+            if place is not None:
+                places.append(place)
+                known[stack] = digest
+                write_json(memory, tracked)
         except Exception as error:  # whatever it is, the results are on disk and must stay usable
             _give_up(tracker)
             reason = (str(error).splitlines() or ["no message"])[0]
             return [
+                *lines,
                 f"Tracking with {tracker.name} failed at stack {stack} ({type(error).__name__}: {reason}); "
-                "all results are recorded, run the same command again to track them"
+                "all results are recorded, run the same command again to track them",
             ]
-        if place is not None:
-            places.append(place)
-            known[stack] = digest
-            write_json(memory, tracked)
-    return [_say(tracker.name, places)] if places else []
+    return [*lines, _say(tracker.name, places)] if places else lines
 
 
-def _described(item: ResolvedRun, record: RunRecord, comparison: Mapping[str, Any]) -> TrackedRun:
+def _remembered(memory: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return what was tracked where, and a line if that cannot be known any more."""
+    try:
+        tracked = read_json(memory) if memory.exists() else {}
+    except DataError:
+        tracked = None
+    if isinstance(tracked, dict) and all(isinstance(known, dict) for known in tracked.values()):
+        return tracked, []
+    return {}, [f"{memory} was damaged and is written anew: every stack is tracked again."]
+
+
+def _described(item: ResolvedRun, record: RunRecord, comparison: Mapping[str, Any], destination: str) -> TrackedRun:
     return TrackedRun(
+        # The same whenever this stack is tracked there: a second try replaces the first one.
+        id=content_hash([destination, comparison["name"], item.stack_name, record.created_at])[:16],
         name=item.stack_name,
         group=comparison["name"],
         config={**item.config, "versions": record.versions, "git": record.git, "data_hash": record.data_hash},

@@ -14,6 +14,8 @@ class TrackedRun:
 
     Parameters
     ----------
+    id
+        Letters and digits that name this run for good: tracked again, it is the same run and not one more.
     name, group
         Stack and comparison.
     config
@@ -29,6 +31,7 @@ class TrackedRun:
     config: Mapping[str, Any]
     tags: tuple[str, ...] = ()
     notes: str = ""
+    id: str = ""
 
 
 class Tracker:
@@ -44,6 +47,8 @@ class Tracker:
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    modes: ClassVar[tuple[str, ...]] = ()
+    """Values of ``tracker.mode`` besides ``None``; empty if the tracker has no modes."""
 
     def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
         self.config = config

@@ -5,11 +5,14 @@ Offline unless configured otherwise; ``wandb sync <folder>`` uploads an offline 
 
 from __future__ import annotations
 
+import netrc
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from mitigate.errors import ConfigError
 from mitigate.trackers.base import TrackedRun, Tracker
@@ -30,11 +33,12 @@ class WandbTracker(Tracker):
     Raises
     ------
     ConfigError
-        If the mode is not one of W&B's.
+        If the mode is not one of W&B's, or nobody is logged in where runs would go online.
     """
 
     name: ClassVar[str] = "wandb"
     summary: ClassVar[str] = "Weights & Biases, offline by default"
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
         super().__init__(config, directory)
@@ -42,12 +46,18 @@ class WandbTracker(Tracker):
         mode = config.get("mode")
         if mode is not None and mode not in MODES:
             raise ConfigError(f"tracker.mode={mode!r} must be one of {', '.join(MODES)}, or null for your W&B settings")
+        if mode not in ("offline", "disabled") and not _can_log_in(mode):
+            raise ConfigError(
+                "tracker=wandb logs online, but W&B knows no key on this machine; "
+                "run `wandb login` first, or keep the runs here with tracker=offline"
+            )
 
     def start(self, run: TrackedRun) -> None:
         """Open a W&B run named after the stack."""
         import wandb
 
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._forget(run.id)
         # A comparison lasts minutes and records its own versions: what W&B collects by itself only costs time.
         settings = wandb.Settings(
             console="off",
@@ -64,6 +74,7 @@ class WandbTracker(Tracker):
             project=self.config.get("project") or "mitigate",
             entity=self.config.get("entity"),
             group=run.group,
+            id=run.id or None,
             name=run.name,
             notes=run.notes,
             tags=[*self.config.get("tags", ()), *run.tags],
@@ -73,6 +84,11 @@ class WandbTracker(Tracker):
             reinit="create_new",
             settings=settings,
         )
+
+    def _forget(self, run_id: str) -> None:
+        """Remove the offline folders of an earlier try: killed while logging, or with older numbers."""
+        for folder in (self.directory / "wandb").glob(f"offline-run-*-{run_id}") if run_id else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write the run's summary."""
@@ -96,6 +112,24 @@ class WandbTracker(Tracker):
         with _staging(self.directory / "wandb"):
             run.finish(exit_code=1 if failed else 0)
         return where
+
+
+def _can_log_in(mode: str | None) -> bool:
+    """Say whether W&B would go online with credentials it has, or not go online at all; nothing is asked or sent."""
+    from wandb.sdk import wandb_setup
+
+    settings = wandb_setup.singleton().settings
+    if mode is None and settings.mode in ("offline", "disabled", "dryrun"):
+        return True
+    if settings.api_key or settings.identity_token_file:
+        return True
+    host = urlsplit(settings.base_url).hostname or ""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(path.expanduser()).authenticators(host):
+                return True
+    return False
 
 
 @contextmanager

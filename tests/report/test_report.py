@@ -56,6 +56,7 @@ def stack(chair: float, cost: float, differences: dict[str, Any], *, idle: list[
             "created_at": "2026-01-01T00:00:00+00:00",
             "versions": {"torch": "9.9"},
             "git": {"sha": "abc", "dirty": True},
+            "weights": "sha256:f1f1",
         },
     }
 

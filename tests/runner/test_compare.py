@@ -354,6 +354,17 @@ def test_a_tracker_that_fails_loses_no_results(
     assert len(tracker.runs) == 3  # the failed one, then both
 
 
+def test_a_stack_that_is_tracked_again_is_the_same_run(loads: list[str], tmp_path: Path) -> None:
+    tracker = Memory()
+    quiet(tmp_path / "c", tracker=tracker)
+    (tmp_path / "c" / "tracked.json").unlink()  # killed before it was remembered
+    quiet(tmp_path / "c", tracker=tracker)
+    ids = [item["run"].id for item in tracker.runs]
+    assert ids[:2] == ids[2:]
+    assert len(set(ids)) == 2
+    assert all(name.isalnum() for name in ids)
+
+
 def test_a_single_run_is_tracked_too(loads: list[str], tmp_path: Path) -> None:
     tracker = Memory()
     record = run(resolved("turned"), tmp_path / "r", console=Console(quiet=True), tracker=tracker)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,66 @@ def test_the_none_tracker_imports_no_wandb() -> None:
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nobody has logged in; returns where W&B would look for passwords."""
+    from wandb.sdk import wandb_setup
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    settings = SimpleNamespace(
+        mode="online", api_key=None, identity_token_file=None, base_url="https://api.wandb.example"
+    )
+    monkeypatch.setattr(wandb_setup, "singleton", lambda: SimpleNamespace(settings=settings))
+    return tmp_path / "netrc"
+
+
+@pytest.mark.parametrize("mode", [None, "online"])
+def test_online_runs_without_a_login_are_refused_before_anything_runs(
+    nobody: Path, tmp_path: Path, mode: str | None
+) -> None:
+    make = trackers().get("wandb")
+    with pytest.raises(ConfigError, match=r"(?s)`wandb login`.*tracker=offline"):
+        make({**OFFLINE, "mode": mode}, tmp_path)
+    nobody.write_text("machine other.example login user password secret")
+    nobody.chmod(0o600)
+    with pytest.raises(ConfigError, match="wandb login"):
+        make({**OFFLINE, "mode": mode}, tmp_path)
+    nobody.write_text("machine api.wandb.example login user password secret")
+    make({**OFFLINE, "mode": mode}, tmp_path)
+
+
+def test_a_key_or_the_users_own_offline_mode_is_as_good_as_a_login(
+    nobody: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.sdk import wandb_setup
+
+    settings: Any = wandb_setup.singleton().settings
+    monkeypatch.setattr(settings, "api_key", "k")
+    trackers().get("wandb")({**OFFLINE, "mode": None}, tmp_path)
+    monkeypatch.setattr(settings, "api_key", None)
+    monkeypatch.setattr(settings, "mode", "offline")
+    trackers().get("wandb")({**OFFLINE, "mode": None}, tmp_path)
+
+
+def test_tracking_again_after_a_kill_leaves_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    killed = tmp_path / "wandb" / "offline-run-20260101_000000-ab12cd34"
+    other = tmp_path / "wandb" / "offline-run-20260101_000000-ffff0000"
+    for folder in (killed, other):
+        folder.mkdir(parents=True)
+        (folder / "run.wandb").write_bytes(b":W&B")  # torn
+    tracker = trackers().get("wandb")(OFFLINE, tmp_path)
+    tracker.start(TrackedRun(id="ab12cd34", name="first", group="comparison", config={}))
+    place = tracker.finish()
+    assert place is not None
+    left = {path.name for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert left == {other.name, Path(place).name}
+    assert place.endswith("-ab12cd34")
+    assert place != str(killed)
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))

@@ -1,0 +1,110 @@
+"""Which weights and which code ran: known before a model is loaded, so that a finished run is recognised cheaply."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mitigate.errors import DataError
+
+if TYPE_CHECKING:
+    from mitigate.adapters import LoadedModel
+
+#: Files of a checkpoint that decide a reply: weights, configuration, processor and tokenizer, code it brings along.
+PATTERNS: Final = (
+    "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "*.py",
+)  # fmt: skip
+_SHOWN = 12
+
+
+def weights_before_loading(model: Mapping[str, Any]) -> str:
+    """Return what identifies a checkpoint, without loading it.
+
+    Parameters
+    ----------
+    model
+        The ``model`` section of a run's configuration.
+
+    Returns
+    -------
+    str
+        ``sha256:...`` over the files of a local folder, ``commit:...`` for a hub id whose commit the local cache
+        knows, empty where only loading can tell.
+
+    Raises
+    ------
+    DataError
+        If a file of the folder cannot be read.
+    """
+    folder = _local_folder(str(model["path"]))
+    return f"sha256:{_folder_hash(folder)}" if folder is not None else _cached_commit(model)
+
+
+def weights_of_loaded(model: Mapping[str, Any], loaded: LoadedModel) -> str:
+    """Return what identifies a checkpoint that is loaded; as `weights_before_loading`, and a hub id's commit for sure.
+
+    Raises
+    ------
+    DataError
+        If a file of the folder cannot be read.
+    """
+    if _local_folder(str(model["path"])) is not None:
+        return weights_before_loading(model)
+    commit = getattr(getattr(loaded.model, "config", None), "_commit_hash", None)
+    return f"commit:{commit}" if commit else ""
+
+
+def code_hash(plugin: type) -> str:
+    """Return a short hash of the source file that defines a class; ``unknown`` where there is none (a notebook)."""
+    try:
+        path = inspect.getsourcefile(plugin)
+        return "unknown" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:_SHOWN]
+    except (OSError, TypeError):
+        return "unknown"
+
+
+def _local_folder(path: str) -> Path | None:
+    if path == "testbed":
+        from mitigate.testbed.model import checkpoint_path
+
+        return Path(checkpoint_path())
+    folder = Path(path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _folder_hash(folder: Path) -> str:
+    """Return one hash over the names and contents of a checkpoint's files."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS):
+                facts = path.stat()
+                digest.update(f"{path.name}\0{_file_hash(path, facts.st_size, facts.st_mtime_ns)}\n".encode())
+    except OSError as error:
+        raise DataError(f"the checkpoint {folder} cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    """Return a file's hash, read piece by piece; size and time only tell whether a remembered one still holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached_commit(model: Mapping[str, Any]) -> str:
+    """Return the commit the local hub cache has for a hub id: the folder of its snapshot."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(model["path"]), "config.json", revision=model.get("revision"))
+    except (HFValidationError, OSError):
+        return ""  # no hub id either: loading says what is wrong with it
+    return f"commit:{Path(found).parent.name}" if isinstance(found, str) else ""
