@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import INTERRUPTED
 from mitigate.cli.options import help_text, read_options
+from mitigate.errors import ConfigError
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
@@ -31,10 +33,11 @@ def run(arguments: Sequence[str], console: Console) -> int:
     jobs = compose_sweep(options.overrides) if options.sweep else [compose_run(options.overrides)]
     if options.config:
         return _print_configs(console, jobs)
+    folders = [_directory(job, job.run_name, f"{job.stack_name}-{job.digest}", len(jobs)) for job in jobs]
+    _check_before_start(list(zip(jobs, folders, strict=True)))
     from mitigate.runner import run as start
 
-    for number, job in enumerate(jobs, start=1):
-        directory = _directory(job, job.run_name, f"{job.stack_name}-{job.digest}", len(jobs))
+    for number, (job, directory) in enumerate(zip(jobs, folders, strict=True), start=1):
         if len(jobs) > 1:
             _say(console, f"Job {number} of {len(jobs)}: {directory}")
         try:
@@ -52,7 +55,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
     options = read_options("compare", arguments, _ALLOWED)
     if options.help:
         return _print(console, help_text("compare"))
-    from mitigate.compose import comparison_name, compose_comparison, compose_comparison_sweep
+    from mitigate.compose import comparison_digest, comparison_name, compose_comparison, compose_comparison_sweep
 
     notes: list[str] = []
     if options.sweep:
@@ -61,20 +64,43 @@ def compare(arguments: Sequence[str], console: Console) -> int:
         jobs = [compose_comparison(options.overrides, notes)]
     if options.config:
         return _print_configs(console, [stack for job in jobs for stack in job])
+    folders = [
+        _directory(job[0], comparison_name(job), f"{len(job)}-stacks-{comparison_digest(job)}", len(jobs))
+        for job in jobs
+    ]
+    _check_before_start(
+        [(run, folder / run.stack_name) for job, folder in zip(jobs, folders, strict=True) for run in job]
+    )
     for note in dict.fromkeys(notes):
         _say(console, note)
     from mitigate.runner import compare as start
 
     command = shlex.join(["mitigate", "compare", *arguments])
-    for number, job in enumerate(jobs, start=1):
-        name = comparison_name(job)
-        directory = _directory(job[0], name, f"{len(job)}-stacks-{job[0].digest}", len(jobs))
+    for number, (job, directory) in enumerate(zip(jobs, folders, strict=True), start=1):
         _say(console, f"Comparison {number} of {len(jobs)}: {directory}" if len(jobs) > 1 else f"Folder: {directory}")
         try:
             start(job, directory, console=console, command=command)
         except KeyboardInterrupt:  # the runner has said where the answers are
             return INTERRUPTED
     return 0
+
+
+def _check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
+    """Refuse all jobs if one of them asks for a device that is not there, or its folder holds another run.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first culprit.
+    """
+    from mitigate.runner.identity import check_same_run
+
+    for accelerator in dict.fromkeys(str(run.config["trainer"]["accelerator"]) for run, _ in jobs):
+        check_accelerator(accelerator, "trainer.accelerator")
+    for number, (run, folder) in enumerate(jobs):
+        if folder in [other for _, other in jobs[:number]]:
+            raise ConfigError(f"two runs would be written to {folder}; give each its own name (name=...)")
+        check_same_run(run, folder)
 
 
 def _metrics(job: ResolvedRun, record: RunRecord) -> Table:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mitigate.compose.resolved import ResolvedRun, comparison_name
+from mitigate.compose.resolved import ResolvedRun, comparison_digest, comparison_name
 from mitigate.compose.run import compose_comparison, compose_comparison_sweep, compose_run, compose_sweep
 
 __all__ = [
     "ResolvedRun",
+    "comparison_digest",
     "comparison_name",
     "compose_comparison",
     "compose_comparison_sweep",

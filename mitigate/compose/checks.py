@@ -12,7 +12,10 @@ from mitigate.errors import ConfigError, StackConflict
 from mitigate.registry import suggestion, trackers
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MODES = (None, "offline", "online", "disabled", "shared")
+#: Lightning's names for what this project runs on; whether the machine has it is seen when a run starts.
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+_STRATEGIES = ("auto", "ddp")
+_SEEDS = 2**32
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k")
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -39,8 +42,9 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
         (trainer["devices"] >= 1 or trainer["devices"] == -1, "trainer.devices", "be at least 1, or -1 for all"),
         (trainer["num_nodes"] >= 1, "trainer.num_nodes", "be at least 1"),
         (model["dtype"] in _DTYPES, "model.dtype", "be one of " + ", ".join(_DTYPES)),
-        (tracker["mode"] in _MODES, "tracker.mode", "be null, offline, online or disabled"),
-        (config["seed"] >= 0, "seed", "be 0 or more"),
+        (trainer["accelerator"] in ACCELERATORS, "trainer.accelerator", "be one of " + ", ".join(ACCELERATORS)),
+        (trainer["strategy"] in _STRATEGIES, "trainer.strategy", "be auto, or ddp for one process per device"),
+        (0 <= config["seed"] < _SEEDS, "seed", f"be at least 0 and below 2**32 ({_SEEDS})"),
         (config["name"] is None or _is_folder_name(config["name"]), "name", "be a plain folder name, without / or .."),
     ]
     for holds, key, must in rules:
@@ -49,8 +53,12 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
             for part in key.split("."):
                 value = value[part]
             raise ConfigError(f"{key}={value} must {must}")
-    if tracker["name"] not in trackers().names():
-        raise ConfigError(f"tracker.name={tracker['name']} is unknown{suggestion(tracker['name'], trackers().names())}")
+    if model["path"] == "testbed" and model["revision"] is not None:
+        raise ConfigError(
+            f"model.revision={model['revision']} has no effect: the testbed ships with this package; "
+            f"drop it, or name a hub checkpoint with model=hf model.path=..."
+        )
+    _check_tracker(tracker)
     if not decoding["do_sample"]:
         for key in _SAMPLING_ONLY:
             if decoding[key] != _NEUTRAL[key]:
@@ -60,20 +68,35 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
                 )
 
 
+def _check_tracker(tracker: Mapping[str, Any]) -> None:
+    if tracker["name"] not in trackers().names():
+        raise ConfigError(f"tracker.name={tracker['name']} is unknown{suggestion(tracker['name'], trackers().names())}")
+    modes = trackers().get(tracker["name"]).modes
+    if modes and tracker["mode"] is not None and tracker["mode"] not in modes:
+        raise ConfigError(
+            f"tracker.mode={tracker['mode']} must be one of {', '.join(modes)}, or null for your own settings"
+        )
+
+
 def _is_folder_name(name: str) -> bool:
     return bool(name.strip()) and "/" not in name and "\\" not in name and not name.startswith(".")
 
 
-def check_stack(methods: Mapping[str, Method], facts: ModelFacts | None, decoding: Mapping[str, Any]) -> None:
+def check_stack(methods: Mapping[str, Method], facts: ModelFacts | None, config: Mapping[str, Any]) -> None:
     """Check that the methods fit together, the model and the way of decoding.
 
     Raises
     ------
+    ConfigError
+        If a method refuses the model.
     StackConflict
         If two methods exclude each other, or a method that chooses tokens meets beam search.
     UnsupportedModel
         If the model cannot serve a method.
     """
+    decoding = config["decoding"]
+    for method in methods.values():
+        method.check_model(str(config["model"]["path"]), facts)
     if facts is not None:
         plan_stack(methods, facts)
     choosing = [key for key, method in methods.items() if method.tags.selects_token or method.tags.owns_loop]

@@ -53,11 +53,16 @@ def expand_sweeps(session: Session, tokens: Sequence[str]) -> list[list[str]]:
 def parse_checked(session: Session, tokens: Sequence[str]) -> list[Override]:
     """Parse the overrides of one job and check what can be checked without composing."""
     parsed = session.parse(tokens)
+    chosen: dict[str, str] = {}
     for override in parsed:
         if override.is_sweep_override():
             _refuse_sweep(override)
         if session.is_group(override):
             _check_group(session, override)
+            group, text = override.key_or_group, str(override.input_line)
+            if group in chosen:
+                raise ConfigError(f"{chosen[group]} and {text}: {group} is chosen once; drop one of the two")
+            chosen[group] = text
         else:
             _check_head(override)
         if any(value == "???" for value in flatten({"value": override.value()}).values()):

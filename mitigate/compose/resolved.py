@@ -36,7 +36,7 @@ class ResolvedRun:
         Dotted key -> where the final value came from: ``"default"``, ``"preset NAME"``, ``"model NAME"``,
         ``"stack NAME"``, ``"experiment NAME"`` or ``"command line"``.
     stack_name
-        The preset's name, or the keys of the methods joined by ``+`` (``"none"`` without any).
+        The preset's name if the methods are the preset's, else their keys joined by ``+`` (``"none"`` without any).
     """
 
     config: Mapping[str, Any]
@@ -72,8 +72,13 @@ class ResolvedRun:
 def comparison_name(runs: list[ResolvedRun]) -> str:
     """Return the readable folder name of a comparison, the same for the same stacks and configuration."""
     first = runs[0]
-    digest = hashlib.sha256(" ".join(f"{run.stack_name}={run.digest}" for run in runs).encode()).hexdigest()[:8]
-    return first.config["name"] or _slug(first._benchmark, first._model, f"{len(runs)}-stacks", digest)
+    stacks = f"{len(runs)}-stacks"
+    return first.config["name"] or _slug(first._benchmark, first._model, stacks, comparison_digest(runs))
+
+
+def comparison_digest(runs: list[ResolvedRun]) -> str:
+    """Return eight hex digits of a hash over everything that decides the results of a comparison's stacks."""
+    return hashlib.sha256(" ".join(f"{run.stack_name}={run.digest}" for run in runs).encode()).hexdigest()[:8]
 
 
 def _slug(*parts: str) -> str:

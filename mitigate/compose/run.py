@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from mitigate.compose.checks import check_stack, check_values_in_range
 from mitigate.compose.facts import facts_of
-from mitigate.compose.overrides import check_method_list, check_values, expand_sweeps, method_keys, parse_checked
+from mitigate.compose.overrides import check_values, expand_sweeps, method_keys, parse_checked
 from mitigate.compose.resolved import ResolvedRun
 from mitigate.compose.schemas import native
 from mitigate.compose.session import Composed, Session, flatten, session
@@ -43,7 +43,10 @@ def compose_run(overrides: Sequence[str] = ()) -> ResolvedRun:
 def compose_sweep(overrides: Sequence[str]) -> list[ResolvedRun]:
     """Compose every job of a sweep such as ``seed=0,1``; all are checked before any is returned."""
     with session() as hydra:
-        return [_run(hydra, job) for job in expand_sweeps(hydra, overrides)]
+        jobs = expand_sweeps(hydra, overrides)
+        runs = [_run(hydra, job) for job in jobs]
+        _refuse_repeated(jobs, [[run] for run in runs])
+        return runs
 
 
 def compose_comparison(overrides: Sequence[str] = (), notes: list[str] | None = None) -> list[ResolvedRun]:
@@ -65,11 +68,33 @@ def compose_comparison_sweep(overrides: Sequence[str], notes: list[str] | None =
     """Compose every comparison of a sweep; all are checked before any is returned."""
     with session() as hydra:
         jobs = expand_sweeps(hydra, overrides)
-        return [_comparison(hydra, job, notes if notes is not None else []) for job in jobs]
+        comparisons = [_comparison(hydra, job, notes if notes is not None else []) for job in jobs]
+        _refuse_repeated(jobs, comparisons)
+        return comparisons
+
+
+def _refuse_repeated(jobs: Sequence[Sequence[str]], composed: Sequence[Sequence[ResolvedRun]]) -> None:
+    """Refuse jobs that compute the same: they would share a folder."""
+    seen: dict[Any, int] = {}
+    for number, runs in enumerate(composed, start=1):
+        place = (runs[0].config["runs_dir"], runs[0].config["name"])
+        key = (place, tuple((run.stack_name, run.digest) for run in runs))
+        if key in seen:
+            raise ConfigError(
+                f"-m: job {number} ({' '.join(jobs[number - 1])}) repeats job {seen[key]}: "
+                f"both compute the same, in one folder; give every swept key different values"
+            )
+        seen[key] = number
 
 
 def _run(hydra: Session, tokens: Sequence[str]) -> ResolvedRun:
     parsed = parse_checked(hydra, tokens)
+    by_hand = {override.key_or_group: str(override.input_line) for override in parsed}
+    if "stack" in by_hand and "methods" in by_hand:
+        raise ConfigError(
+            f"{by_hand['stack']} and {by_hand['methods']} both choose the methods; give one of the two "
+            f"(~methods.NAME takes one out of a stack)"
+        )
     for override in parsed:
         if override.key_or_group == "stacks":
             raise ConfigError(
@@ -100,16 +125,27 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
         plain["methods"] = {key: values.node() for key, values in decided.items()}
     except OmegaConfBaseException as error:
         raise ConfigError(_missing_or_interpolation(error)) from error
-    return _build(plain, decided, chosen, origins, methods_by_hand=any(o.key_or_group == "methods" for o in parsed))
+    by_hand = any(override.key_or_group == "methods" for override in parsed)
+    preset = None if by_hand or list(decided) != method_keys(chosen.config) else chosen.chosen.get("stack")
+    try:
+        return _build(plain, decided, origins, preset or "+".join(decided) or "none")
+    except ConfigError as error:
+        raise _with_source(error, decided) from error
+
+
+def _with_source(error: ConfigError, decided: Mapping[str, MethodValues]) -> ConfigError:
+    """Say where a refused value came from if the user did not write it."""
+    for key, method in decided.items():
+        for parameter, source in method.provenance.items():
+            blamed = str(error).startswith(f"methods.{method.name}.{parameter}=")
+            if blamed and source not in (COMMAND_LINE, DEFAULT):
+                hint = f"the value comes from {source}; set methods.{key}.{parameter}=VALUE to replace it"
+                return type(error)(f"{error}\n{hint}")
+    return error
 
 
 def _build(
-    config: dict[str, Any],
-    decided: Mapping[str, MethodValues],
-    chosen: Composed,
-    origins: Mapping[str, str],
-    *,
-    methods_by_hand: bool,
+    config: dict[str, Any], decided: Mapping[str, MethodValues], origins: Mapping[str, str], name: str
 ) -> ResolvedRun:
     check_values_in_range(config)
     if config["benchmark"] is None:
@@ -118,9 +154,7 @@ def _build(
     plugin = benchmarks().get(config["benchmark"]["name"])
     built = {key: values.build() for key, values in decided.items()}
     facts = facts_of(config["model"])
-    check_stack(built, facts, config["decoding"])
-    preset = chosen.chosen.get("stack")
-    name = preset if preset and not methods_by_hand else "+".join(built) or "none"
+    check_stack(built, facts, config)
     del config["model"]["tuned"]
     config |= {"stack": name, "stacks": []}
     provenance = {
@@ -170,7 +204,7 @@ def _refuse_orphans(chosen: Composed, groups: Sequence[str]) -> None:
         by_hand = next((text for text in groups if text.startswith("methods=")), "its own methods")
         raise ConfigError(
             f"{source} sets {culprit}, but {by_hand} does not select {key}; "
-            f"drop {source.replace(' ', '=', 1)} or select {key}"
+            f"select {key}, or leave out what chooses {source}"
         )
 
 
@@ -228,10 +262,13 @@ def _is_foreign(override: Override, selected: Sequence[str]) -> bool:
 def _stack_list(asked: Any, notes: list[str]) -> list[str]:
     if not isinstance(asked, list) or not all(isinstance(stack, (str, type(None))) for stack in asked):
         raise ConfigError(f"stacks={asked} must be a list of names; write 'stacks=[none,NAME,NAME+NAME]'")
-    stacks = ["none" if stack is None else str(stack) for stack in asked]
+    if not asked:
+        raise ConfigError("stacks=[] compares nothing; write 'stacks=[none,NAME,NAME+NAME]'")
+    stacks = ["none" if stack is None else "+".join(part.strip() for part in str(stack).split("+")) for stack in asked]
     for stack in stacks:
         if stacks.count(stack) > 1:
-            raise ConfigError(f"stacks names {stack} twice; every stack of a comparison has one row")
+            also = " (null is none, too)" if stack == "none" and None in asked else ""
+            raise ConfigError(f"stacks names {stack} twice{also}; every stack of a comparison has one row: drop one")
     if stacks[:1] != ["none"]:
         where = "moved to the front" if "none" in stacks else "added"
         notes.append(f"The baseline none was {where}: every difference is measured against it.")
@@ -243,10 +280,18 @@ def _stack_choice(hydra: Session, stack: str) -> list[str]:
     """Return the overrides that select a stack: a preset of that name, else methods joined by ``+``."""
     if stack in hydra.options("stack"):
         return [f"stack={stack}"]
-    parts = [part.strip() for part in stack.split("+")]
+    parts = stack.split("+")
+    if "none" in parts and "none" not in methods().names():
+        rest = "+".join(part for part in parts if part != "none")
+        raise ConfigError(f"stacks: {stack} adds to none, the stack without methods; write {rest or 'none'}")
+    for part in parts:
+        if parts.count(part) > 1:
+            raise ConfigError(
+                f"stacks: {stack} names {part} twice; name it once, or put a stack with a second copy "
+                f"into a file of conf/stack"
+            )
     unknown = [part for part in parts if part not in methods().names()]
     if unknown:
         known = {*hydra.options("stack"), *methods().names()}
         raise UnknownName(f"unknown stack {stack!r} ({unknown[0]!r}){suggestion(unknown[0], known)}")
-    check_method_list(parts, f"stacks=[{stack}]")
     return ["stack=none", f"methods=[{','.join(parts)}]"]

@@ -90,6 +90,22 @@ class Method:
         """Say where the method acts on a model of this geometry."""
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts: override subscriptions()")
 
+    def check_model(self, model_name_or_path: str, facts: ModelFacts | None) -> None:
+        """Refuse a model the method cannot serve; asked while a run is composed, before anything is loaded.
+
+        Parameters
+        ----------
+        model_name_or_path
+            Hub id or folder, or ``testbed`` for the model packaged with the project.
+        facts
+            The model's geometry, or ``None`` if it is not known yet.
+
+        Raises
+        ------
+        ConfigError
+            If the method needs another model; the message says which. The default accepts every model.
+        """
+
     @classmethod
     def identity(cls) -> Self:
         """Return the method with parameters that must leave the model bit-identical."""

@@ -17,6 +17,7 @@ from mitigate.core import (
     Tags,
     VisualEmbeddings,
 )
+from mitigate.errors import ConfigError
 from mitigate.lazy import torch
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ class ControlProbe(Method):
     def __post_init__(self) -> None:
         self.require_finite("scale")
         self.require(self.scale >= 0.0, "scale", "not be negative")
+
+    def check_model(self, model_name_or_path: str, facts: ModelFacts | None) -> None:
+        """Accept the packaged testbed only: the probe was fitted on its visual tokens."""
+        if model_name_or_path != "testbed":
+            raise ConfigError(
+                f"{self.name} works on model=testbed only, where its probe was fitted, not on {model_name_or_path}; "
+                f"choose model=testbed or leave {self.name} out"
+            )
 
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:
         """Read the pictures once, correct every step."""

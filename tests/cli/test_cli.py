@@ -40,6 +40,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
 
     monkeypatch.setattr(mitigate.runner, "run", run, raising=False)
     monkeypatch.setattr(mitigate.runner, "compare", compare, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -61,6 +63,9 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         (["plan", "methods=[tox]"], "did you mean 'toy'?"),
         (["list", "method"], "cannot list 'method'; did you mean 'methods'?"),
         (["testbed", "trian"], "did you mean 'train'?"),
+        (["run", "-m", "seed=1,1"], "repeats job 1"),
+        (["run", "trainer=gpu"], "trainer.accelerator=gpu: torch sees no such device"),
+        (["compare", "trainer.accelerator=cuda"], "trainer.accelerator=cuda: torch sees no such device"),
     ],
 )
 def test_wrong_input_is_one_or_two_lines_and_runs_nothing(
@@ -90,6 +95,29 @@ def test_a_sweep_gives_every_job_its_folder(capsys: pytest.CaptureFixture[str], 
     assert outcome(capsys, "run", "-m", "methods=[toy],[]", "seed=0,1", "name=mine")[0] == 0
     assert len({folder for _, _, folder in started}) == 4
     assert {folder.parent for _, _, folder in started} == {Path("runs") / "mine"}
+
+
+def test_a_sweep_of_comparisons_gives_every_job_its_folder(
+    capsys: pytest.CaptureFixture[str], started: list[Any]
+) -> None:
+    assert outcome(capsys, "compare", "-m", "stacks=[none,toy],[none,chooser]", "name=mine")[0] == 0
+    assert len({folder for _, _, folder in started}) == 2
+    assert {folder.parent for _, _, folder in started} == {Path("runs") / "mine"}
+
+
+@pytest.mark.parametrize("command", [["run", "stack=none"], ["compare", "stacks=[none]"]])
+def test_a_folder_of_another_run_stops_a_sweep_before_its_first_job(
+    capsys: pytest.CaptureFixture[str], started: list[Any], command: list[str]
+) -> None:
+    sweep = [command[0], "-m", *command[1:], "seed=0,1"]
+    assert outcome(capsys, *sweep)[0] == 0
+    last = started[-1][2] / ("none" if command[0] == "compare" else "")
+    last.mkdir(parents=True)
+    (last / "config.json").write_text('{"config": {"seed": 7}}')
+    started.clear()
+    code, out, err = outcome(capsys, *sweep)
+    assert (code, out, started) == (2, "", [])
+    assert f"{last} holds another run" in err
 
 
 def test_compare_hands_over_all_stacks_and_says_what_it_added(

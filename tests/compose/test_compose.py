@@ -109,7 +109,7 @@ def test_values_of_a_preset_for_methods_that_are_not_selected(outside_configs: P
     with pytest.raises(
         ConfigError, match=r"stack outside_pair sets methods.toy.beta, but methods=\[chooser\] does not"
     ):
-        compose_run(["stack=outside_pair", "methods=[chooser]"])
+        compose_run(["experiment=outside", "methods=[chooser]"])
 
 
 def test_a_wrong_key_in_a_file_is_an_error(outside_configs: Path) -> None:
@@ -126,6 +126,21 @@ def test_a_wrong_key_in_a_file_is_an_error(outside_configs: Path) -> None:
 def test_taking_a_method_out() -> None:
     run = compose_run(["methods=[toy,chooser]", "~methods.toy"])
     assert list(run.methods) == ["chooser"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ([], "outside_pair"),
+        (["methods.toy.beta=1"], "outside_pair"),
+        (["~methods.chooser"], "toy"),
+        (["+methods.late={name: toy}"], "chooser+toy+late"),
+        (["~methods.chooser", "~methods.toy"], "none"),
+    ],
+)
+def test_a_stack_is_called_what_it_is(outside_configs: Path, changes: list[str], name: str) -> None:
+    run = compose_run(["stack=outside_pair", *changes])
+    assert run.stack_name == run.config["stack"] == name
 
 
 def test_a_second_copy_under_its_own_key() -> None:
@@ -180,6 +195,11 @@ def test_sweeps_keep_quotes_and_copies() -> None:
     runs = compose_sweep(["methods=[toy]", "methods.toy.beta=choice(0.1,0.2)", "+methods.b={name: toy}", "name='a b'"])
     assert [run.methods["toy"] for run in runs] == [Toy(beta=0.1), Toy(beta=0.2)]
     assert {run.config["name"] for run in runs} == {"a b"}
+
+
+def test_jobs_that_differ_only_in_their_folder_are_no_repetition() -> None:
+    assert len(compose_sweep(["stack=none", "name=a,b"])) == 2
+    assert len(compose_sweep(["stack=none", "runs_dir=a,b"])) == 2
 
 
 def test_a_comparison_has_one_run_per_stack() -> None:

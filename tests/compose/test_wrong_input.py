@@ -52,14 +52,19 @@ RUNS = [
     ("seed=???", r"give a value instead of \?\?\?"),
     ("seed=1,2", "several values: add -m"),
     ("methods=[toy],[]", "several values: add -m"),
-    ("seed=-1", "seed=-1 must be 0 or more"),
+    ("seed=-1", r"seed=-1 must be at least 0 and below 2\*\*32"),
+    ("seed=4294967296", r"seed=4294967296 must be at least 0 and below 2\*\*32"),
+    ("trainer.accelerator=foo", "trainer.accelerator=foo must be one of auto, cpu, gpu"),
+    ("trainer.strategy=foo", "trainer.strategy=foo must be auto, or ddp"),
+    ("trainer.devices=0", "trainer.devices=0 must be at least 1"),
+    ("model.revision=main", "model.revision=main has no effect: the testbed ships"),
     ("decoding.max_new_tokens=0", "must be at least 1"),
     ("decoding.temperature=0.5", "no effect without sampling; add decoding=sample"),
     ("decoding.top_p=2", "top_p=2.0 must be above 0 and at most 1"),
     ("model.dtype=int8", "must be one of float32, bfloat16, float16"),
     ("model=hf", "model.path= must name a checkpoint"),
     ("tracker.name=wandbb", "did you mean 'wandb'"),
-    ("tracker.mode=on", "tracker.mode=on must be"),
+    ("tracker.mode=on", "tracker.mode=on must be one of offline, online, disabled, shared"),
     ("name=a/b", "plain folder name"),
     ("trainer.batch_size=0", "must be at least 1"),
     ("name=${nothing}", "nothing"),
@@ -107,6 +112,42 @@ def test_value_of_a_method_that_was_taken_out() -> None:
         compose_run(["methods=[toy,chooser]", "~methods.toy", "methods.toy.beta=1"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stack=locore", "methods=[toy]"], r"stack=locore and methods=\[toy\] both choose the methods"),
+        (["methods=[]", "stack=none"], "both choose the methods"),
+        (["stack=locore", "stack=scr"], "stack=locore and stack=scr: stack is chosen once"),
+        (["model=testbed", "model=llava-1.5-7b"], "model is chosen once"),
+        (["methods=[toy]", "methods=[chooser]"], "methods is chosen once"),
+        (["benchmark=testbed", "benchmark=testbed"], "benchmark is chosen once"),
+    ],
+)
+def test_choices_that_contradict_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run(overrides)
+
+
+def test_a_refused_value_of_a_preset_is_traced_to_it() -> None:
+    hint = r"names layer 9.*\nthe value comes from preset lineage; set methods.locore.layers=VALUE"
+    with pytest.raises(ConfigError, match=hint):
+        compose_run(["methods=[locore]", "methods.locore.preset=lineage"])
+    with pytest.raises(ConfigError, match="names layer 9") as caught:
+        compose_run(["methods=[locore]", "methods.locore.layers=9"])
+    assert "comes from" not in str(caught.value)
+
+
+def test_a_method_that_needs_the_testbed_on_another_model() -> None:
+    with pytest.raises(ConfigError, match=r"control_probe works on model=testbed only.*choose model=testbed"):
+        compose_run(["stack=control_probe", "model=llava-1.5-7b"])
+    assert list(compose_run(["stack=control_probe"]).methods) == ["control_probe"]
+
+
+@pytest.mark.parametrize("mode", ["null", "offline", "online", "disabled", "shared"])
+def test_every_mode_of_the_tracker_composes(mode: str) -> None:
+    assert compose_run([f"tracker.mode={mode}"]).config["tracker"]["mode"] == (None if mode == "null" else mode)
+
+
 def test_beams_and_a_method_that_chooses_tokens() -> None:
     with pytest.raises(StackConflict, match=r"chooser .*num_beams=5; use decoding.num_beams=1 or take chooser out"):
         compose_run(["methods=[chooser]", "decoding=beam"])
@@ -124,7 +165,12 @@ def test_two_methods_that_choose_tokens() -> None:
         (["stacks=none"], r"must be a list of names; write 'stacks=\[none"),
         (["stacks=[none,toi]"], "unknown stack 'toi' .*did you mean 'toy'"),
         (["stacks=[none,toy+toi]"], r"unknown stack 'toy\+toi' \('toi'\); did you mean 'toy'"),
-        (["stacks=[none,toy+toy]"], "twice"),
+        (["stacks=[none,toy+toy]"], r"stacks: toy\+toy names toy twice; name it once"),
+        (["stacks=[none+toy]"], r"stacks: none\+toy adds to none, the stack without methods; write toy"),
+        (["stacks=[none,null]"], r"stacks names none twice \(null is none, too\)"),
+        (["stacks=[none,toy+chooser,'toy + chooser']"], r"stacks names toy\+chooser twice"),
+        (["stacks=[]"], r"stacks=\[\] compares nothing; write 'stacks=\[none"),
+        (["model=testbed", "model=testbed"], "model is chosen once"),
         (["stacks=[none,toy,toy]"], "stacks names toy twice"),
         (["stacks=[none,3]"], "must be a list of names"),
         (["stacks=[none,toy]", "methods.chooser.alpha=1"], "no stack of the comparison has chooser"),
@@ -148,6 +194,8 @@ def test_comparison(overrides: list[str], message: str) -> None:
         (["seed=interval(0,1)"], "only lists"),
         (["methods=[toy]", "methods.toy.beta=0.1,abc"], "beta=abc has the wrong type"),
         (["methods=[toy],[tou]"], "did you mean 'toy'"),
+        (["seed=1,1"], r"job 2 \(seed=1\) repeats job 1"),
+        (["stack=none", "tracker=none,offline"], "repeats job 1"),
     ],
 )
 def test_a_sweep_is_checked_whole(overrides: list[str], message: str) -> None:
@@ -156,5 +204,7 @@ def test_a_sweep_is_checked_whole(overrides: list[str], message: str) -> None:
 
 
 def test_a_sweep_of_comparisons_is_checked_whole() -> None:
+    with pytest.raises(ConfigError, match="repeats job 1"):
+        compose_comparison_sweep(["stacks=[none,toy],[none,toy]"])
     with pytest.raises(UnknownName, match="unknown stack"):
         compose_comparison_sweep(["stacks=[none],[none,nothing]"])
