@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mitigate.records import write_text
 from mitigate.report.plots import cost_plot, difference_plot
-from mitigate.runner.table import Column, columns, footnotes, number
+from mitigate.runner.table import Column, columns, footnotes, number, units
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +58,7 @@ def render(comparison: Mapping[str, Any], examples: Sequence[Example], *, comman
         c=comparison,
         summary=summary(comparison),
         sections=sections,
-        families=_families(sections["quality"]),
+        families=_families(sections["quality"], comparison["metrics"]),
         footnotes=footnotes(comparison),
         differences=[
             plot for name in comparison["headline"] if (plot := difference_plot(comparison, name)) is not None
@@ -71,16 +71,23 @@ def render(comparison: Mapping[str, Any], examples: Sequence[Example], *, comman
 
 
 _NOT_CLEAR = "No difference beyond the 95 % interval"
+_UNCORRECTED = " (beyond the 95 % interval, uncorrected)"
 _SECTIONS = ("quality", "difference", "test", "cost", "effect")
 
 
-def _families(quality: Sequence[Column]) -> dict[str, list[Column]]:
-    """Split the quality columns into one table per family of metrics, so that a table stays readable."""
+def _families(quality: Sequence[Column], metrics: Mapping[str, Any]) -> list[tuple[str, list[Column]]]:
+    """Split the quality columns into one table per family of metrics, each with its caption."""
     families: dict[str, list[Column]] = {}
     for column in quality:
         family, _, part = column.group.partition("\n")
         families.setdefault(family, []).append(replace(column, group=part))
-    return families
+    return [(_caption(family, members, metrics), members) for family, members in families.items()]
+
+
+def _caption(family: str, members: Sequence[Column], metrics: Mapping[str, Any]) -> str:
+    parts = [family, units([metrics[column.metric] for column in members])]
+    text = ": ".join(part for part in parts if part) or "Results"
+    return f"{text[0].upper()}{text[1:]}; with 95 % intervals (bootstrap over pictures)"
 
 
 def summary(comparison: Mapping[str, Any]) -> list[str]:
@@ -98,12 +105,25 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
             difference = data["differences"].get(name)
             if difference is None:
                 continue
-            amount = "" if difference["value"] is None else f" ({number(unit * difference['value'], sign=True)})"
-            groups[_verdict(metric, difference)].append(f"{stack}{amount if difference['excludes_zero'] else ''}")
+            verdict = _verdict(metric, difference)
+            groups[verdict].append(stack if verdict == _NOT_CLEAR else f"{stack} ({_amount(difference, unit)})")
         shown = "undefined" if value is None else number(unit * value)
-        parts = [f"{verdict}: {', '.join(stacks)}." for verdict, stacks in groups.items() if stacks]
+        parts = [
+            f"{verdict}{'' if verdict == _NOT_CLEAR else _UNCORRECTED}: {', '.join(stacks)}."
+            for verdict, stacks in groups.items()
+            if stacks
+        ]
         sentences.append(" ".join([f"{metric['title']} is {shown} with {baseline}.", *parts]))
     return sentences
+
+
+def _amount(difference: Mapping[str, Any], unit: float) -> str:
+    """Return a difference, with what is left of its surprise when all stacks are counted."""
+    value, p = difference["value"], difference.get("p_holm")
+    parts = ["" if value is None else number(unit * value, sign=True)]
+    if p is not None and p == p:
+        parts.append(f"Holm-corrected p {'< 0.001' if p < 0.001 else f'= {number(p, 3)}'}")
+    return ", ".join(part for part in parts if part)
 
 
 def _verdict(metric: Mapping[str, Any], difference: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 from mitigate.runner.table import number
 
 WIDTH = 640.0
-ROW = 30.0
+ROW = 34.0
+#: Width of a character and height of a line of the largest text, that of small screens.
+CHARACTER, LABEL = 10.0, 20.0
+#: Longest name in full, and the widths of an interval's text and of its gap.
+_NAME, _INTERVAL, _GAP = 16, 205.0, 16.0
+#: Lower end of the cost plot's frame.
+BOTTOM = 300.0
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -45,9 +52,11 @@ def difference_plot(comparison: Mapping[str, Any], name: str) -> dict[str, Any] 
         rows.append((stack, value, low, high, bool(difference["excludes_zero"])))
     if not rows:
         return None
-    marks = ticks(min(0.0, *(row[2] for row in rows)), max(0.0, *(row[3] for row in rows)))
-    left, right, top = 20.0, WIDTH - 20.0, 10.0
-    bottom = top + ROW * 1.5 * len(rows)
+    marks = ticks(min(0.0, *(row[2] for row in rows)), max(0.0, *(row[3] for row in rows)), wanted=4)
+    names = {row[0]: row[0] if len(row[0]) <= _NAME else f"{row[0][: _NAME - 1]}…" for row in rows}
+    # Names and numbers have columns of their own, where no line crosses them.
+    left, right, top = CHARACTER * max(map(len, names.values())) + _GAP, WIDTH - _INTERVAL - _GAP, 10.0
+    bottom = top + ROW * len(rows)
 
     def x(value: float) -> float:
         return round(left + (right - left) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
@@ -64,7 +73,8 @@ def difference_plot(comparison: Mapping[str, Any], name: str) -> dict[str, Any] 
         "rows": [
             {
                 "stack": stack,
-                "y": round(top + ROW * 1.5 * (index + 0.7), 1),
+                "name": names[stack],
+                "y": round(top + ROW * (index + 0.5), 1),
                 "x": x(value),
                 "low": x(low),
                 "high": x(high),
@@ -99,7 +109,7 @@ def cost_plot(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     x_marks = ticks(0.0, max(point[1] for point in points))
     y_marks = ticks(min(point[3] for point in points), max(point[4] for point in points))
-    left, right, top, bottom = 52.0, WIDTH - 20.0, 14.0, 300.0
+    left, right, top, bottom = 52.0, WIDTH - 20.0, 14.0, BOTTOM
 
     def x(value: float) -> float:
         return round(left + (right - left) * (value - x_marks[0]) / (x_marks[-1] - x_marks[0]), 1)
@@ -126,14 +136,31 @@ def cost_plot(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _spread(dots: list[dict[str, Any]], gap: float = 15.0) -> list[dict[str, Any]]:
-    """Give every point a label height; labels that would overlap move down."""
-    placed: list[dict[str, Any]] = []
-    for dot in sorted(dots, key=lambda item: item["y"]):
-        height = dot["y"]
-        side = "end" if dot["x"] > 0.72 * WIDTH else "start"
-        for other in placed:
-            if abs(other["x"] - dot["x"]) < 130 and abs(other["label_y"] - height) < gap:
-                height = other["label_y"] + gap
-        placed.append({**dot, "label_y": round(height, 1), "side": side})
+def _spread(dots: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give every point a place for its label: the nearest one that covers no point, no interval and no other label."""
+    boxes: list[_Box] = []
+    for dot in dots:
+        boxes.append((dot["x"] - 7, dot["y"] - 7, dot["x"] + 7, dot["y"] + 7))
+        boxes.append((dot["x"] - 2, dot["high"], dot["x"] + 2, dot["low"]))
+    placed = []
+    for dot in sorted(dots, key=lambda item: (item["y"], item["x"])):
+        wide = CHARACTER * len(dot["stack"])
+        choices = []
+        for step, side in itertools.product((0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5), ("start", "end")):
+            x = dot["x"] + (11 if side == "start" else -11)
+            y = dot["y"] + 0.75 * LABEL * step
+            box = (x if side == "start" else x - wide, y - LABEL / 2, x + wide if side == "start" else x, y + LABEL / 2)
+            outside = box[0] < 0 or box[2] > WIDTH or box[1] < 0 or box[3] > BOTTOM
+            choices.append((10 * outside + sum(_overlap(box, other) for other in boxes), abs(step), side, x, y, box))
+        _, away, side, x, y, box = min(choices, key=lambda choice: choice[:2])
+        boxes.append(box)
+        placed.append({**dot, "label_x": round(x, 1), "label_y": round(y, 1), "side": side, "leader": away > 1})
     return placed
+
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

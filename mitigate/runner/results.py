@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mitigate.metrics.base import Metric
 
 FORMAT = 1
+#: Units of metrics that are no rates.
+_UNITS = {"length": "words"}
 
 Answers = Mapping[str, SampleRecord]
 """Sample id -> record."""
@@ -92,6 +94,7 @@ def _about(metric: Metric) -> dict[str, Any]:
         "title": metric.title,
         "short": short,
         "percent": metric.percent,
+        "unit": "" if metric.percent else _UNITS.get(metric.name, ""),
         "higher_is_better": metric.higher_is_better,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class Column:
         Which part of the table: ``quality``, ``difference``, ``cost`` or ``effect``.
     group, title
         Header lines; the group is what neighbouring columns share.
+    metric
+        Name of the metric it shows; empty for others.
     inline
         Whether the terminal prints the interval too (the report always does).
     cells
@@ -60,6 +62,7 @@ class Column:
     section: str
     group: str
     title: str
+    metric: str = ""
     inline: bool = False
     cells: Mapping[str, Cell] = field(default_factory=dict)
 
@@ -87,6 +90,7 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
             section="quality",
             group=_group(name, metric),
             title=_SHORT.get(metric["short"], metric["short"]),
+            metric=name,
             cells={stack: _value(metric, data["metrics"][name]) for stack, data in stacks.items()},
         )
         for name, metric in comparison["metrics"].items()
@@ -107,6 +111,13 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
         ]
         made += _tests(comparison)
     made += [_numbers(stacks, *definition) for definition in _COST_AND_EFFECTS]
+    made += [
+        _numbers(
+            stacks, "effect", *heading, lambda data, counted=counted: _did(data, number(_effect(data, counted), 2))
+        )
+        for counted, *heading in _WHERE_IT_HAPPENED
+        if any(_effect(data, counted) for data in stacks.values())
+    ]
     return made
 
 
@@ -144,7 +155,7 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     name_width = max(len("stack"), *(len(name) for name in comparison["stacks"]))
     title: str | None = (
         f"{comparison['name']}: {comparison['n_images']} pictures, {comparison['n_samples']} answers per stack, "
-        f"model {comparison['model']}; rates in %"
+        f"model {comparison['model']}; {units(comparison['metrics'].values())}"
     )
     for block in _blocks(made, width - name_width - 4):
         table = Table(
@@ -162,6 +173,14 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         title = None
     for line in footnotes(comparison):
         console.print(Text(line), width=width, crop=False)
+
+
+def units(metrics: Iterable[Mapping[str, Any]]) -> str:
+    """Say what the numbers of some metrics are: rates in percent, and the unit of every other one by name."""
+    metrics = list(metrics)
+    rates = ["rates in %"] if any(metric["percent"] for metric in metrics) else []
+    plain = dict.fromkeys((metric["title"], metric.get("unit", "")) for metric in metrics if not metric["percent"])
+    return ", ".join([*rates, *(f"{title[0].lower() + title[1:]} in {unit}" for title, unit in plain if unit)])
 
 
 def footnotes(comparison: Mapping[str, Any]) -> list[str]:
@@ -248,6 +267,20 @@ _COST_AND_EFFECTS: list[tuple[str, str, str, Callable[[Mapping[str, Any]], Cell]
         lambda data: Cell(text=number(data["effects"]["extra_backwards_per_token"], 2)),
     ),
 ]
+
+
+#: Effects of methods that only some stacks have, with their header lines: shown where there are any.
+_WHERE_IT_HAPPENED = (
+    ("tokens_edited_per_sample", "states edited", "/sample"),
+    ("steps_edited_per_token", "logits edited", "/token"),
+    ("tokens_changed_per_token", "tokens changed", "/token"),
+)
+
+
+def _effect(data: Mapping[str, Any], name: str) -> float | None:
+    """Return one of a stack's effects; comparisons of older versions lack some."""
+    value: float | None = data["effects"].get(name, 0.0)
+    return value
 
 
 def _numbers(

@@ -197,9 +197,87 @@ def test_tables_show_values_intervals_marks_and_flags(comparison: dict[str, Any]
 
 def test_the_summary_says_what_differs_beyond_its_interval(comparison: dict[str, Any]) -> None:
     assert summary(comparison) == [
-        "CHAIR_i is 30.0 with none. Better: good (−10.0). No difference beyond the 95 % interval: unsure.",
-        "POPE adversarial F1 is 80.0 with none. Worse: good (−20.0). No difference beyond the 95 % interval: unsure.",
+        "CHAIR_i is 30.0 with none. Better (beyond the 95 % interval, uncorrected): "
+        "good (−10.0, Holm-corrected p = 0.020). No difference beyond the 95 % interval: unsure.",
+        "POPE adversarial F1 is 80.0 with none. Worse (beyond the 95 % interval, uncorrected): "
+        "good (−20.0, Holm-corrected p = 0.020). No difference beyond the 95 % interval: unsure.",
     ]
+    comparison["stacks"]["good"]["differences"]["chair_i"]["p_holm"] = 0.0001
+    assert "Holm-corrected p < 0.001" in summary(comparison)[0]
+    comparison["stacks"]["good"]["differences"]["chair_i"]["p_holm"] = None
+    assert "good (−10.0)." in summary(comparison)[0]
+
+
+def test_a_length_is_no_rate(comparison: dict[str, Any]) -> None:
+    comparison["metrics"]["length"] = {
+        "title": "Length", "short": "Length", "percent": False, "higher_is_better": None, "unit": "words",
+    }  # fmt: skip
+    for data in comparison["stacks"].values():
+        data["metrics"]["length"] = interval(9.0, 8.0, 10.0)
+    html = render(comparison, [])
+    assert "<caption>Rates in %, length in words; with 95 % intervals (bootstrap over pictures)</caption>" in html
+    assert "<caption>POPE: rates in %; with 95 % intervals (bootstrap over pictures)</caption>" in html
+
+
+def test_numbers_and_names_stand_beside_the_difference_plot(comparison: dict[str, Any]) -> None:
+    long = "a_stack_whose_name_is_very_long"
+    comparison["stacks"][long] = comparison["stacks"]["good"]
+    plot = difference_plot(comparison, "chair_i")
+    assert plot is not None
+    shown = plot["rows"][-1]["name"]
+    assert shown.endswith("…")
+    right = max(tick["x"] for tick in plot["ticks"])
+    assert min(tick["x"] for tick in plot["ticks"]) >= 10 * len(shown)
+    assert all(right <= 640 - 10 * len(row["text"]) for row in plot["rows"])
+    assert f"<title>{long}</title>" in render(comparison, [])
+
+
+def test_labels_of_the_cost_plot_cover_no_point_and_no_label(comparison: dict[str, Any]) -> None:
+    for index in range(3):  # points that nearly coincide
+        comparison["stacks"][f"close{index}"] = stack(0.2 + 0.003 * index, 3.0 + 0.05 * index, {})
+    plot = cost_plot(comparison)
+    assert plot is not None
+    boxes = []
+    for point in plot["points"]:
+        wide = 10 * len(point["stack"])
+        left = point["label_x"] if point["side"] == "start" else point["label_x"] - wide
+        boxes.append((left, point["label_y"] - 9, left + wide, point["label_y"] + 9))
+    for index, (left, upper, right, lower) in enumerate(boxes):
+        assert left >= 0
+        assert right <= 640
+        for point in plot["points"]:
+            assert not (left < point["x"] + 5 and point["x"] - 5 < right and upper < point["y"] < lower)
+        for other in boxes[:index]:
+            assert not (left < other[2] and other[0] < right and upper < other[3] and other[1] < lower)
+
+
+def test_the_legend_says_what_is_judged(comparison: dict[str, Any]) -> None:
+    assert "only the object is judged, not its place or colour" in render(comparison, [example()])
+
+
+@pytest.mark.parametrize(
+    ("effect", "heading"),
+    [
+        ("tokens_edited_per_sample", "states edited"),
+        ("steps_edited_per_token", "logits edited"),
+        ("tokens_changed_per_token", "tokens changed"),
+    ],
+)
+def test_every_kind_of_effect_is_a_column_where_there_is_any(
+    comparison: dict[str, Any], effect: str, heading: str
+) -> None:
+    def groups() -> list[str]:
+        return [column.group for column in columns(comparison) if column.section == "effect"]
+
+    always = ["texts", "rows", "rejections", "extra forwards", "extra backwards"]
+    for data in comparison["stacks"].values():
+        data["effects"][effect] = 0.0
+    assert groups() == always
+    comparison["stacks"]["good"]["effects"][effect] = 0.5
+    assert groups() == [*always, heading]
+    html = render(comparison, [])
+    assert f'<span class="group">{heading}</span>' in html
+    assert "<td>0.50</td>" in html
 
 
 def test_undefined_numbers_are_dashes(comparison: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mitigate.runner import compare
 from mitigate.runner.progress import StackProgress
+from mitigate.runner.standalone import notes_of
 from mitigate.runner.table import number, print_table
 from tests.runner.fake_world import FakeLoaded, FakeMethod, install, resolved
 
@@ -98,3 +99,13 @@ def test_on_a_terminal_there_is_a_bar_per_stack_and_one_for_all() -> None:
     assert "first" in text
     assert "2/2" in text
     assert "100/100" in text
+
+
+def test_the_title_says_what_the_numbers_are(comparison: dict[str, Any]) -> None:
+    assert printed(comparison, 160).splitlines()[0].rstrip().endswith("rates in %, length in words")
+
+
+@pytest.mark.parametrize(("benchmark", "path", "notes"), [("testbed", "maker/model", 1), ("coco", "maker/model", 0)])
+def test_the_testbeds_note_goes_with_its_pictures_whatever_the_model(benchmark: str, path: str, notes: int) -> None:
+    one = resolved(benchmark__name=benchmark, model__path=path)
+    assert len(notes_of([one])) == notes
