@@ -111,14 +111,16 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
         ]
         made += _tests(comparison)
     made += [_numbers(stacks, *definition) for definition in _COST_AND_EFFECTS]
-    made += [
-        _numbers(
-            stacks, "effect", *heading, lambda data, counted=counted: _did(data, number(_effect(data, counted), 2))
+    return made + [
+        Column(
+            section="effect",
+            group=group,
+            title=title,
+            cells={stack: _did(data, number(_effect(data, counted), 2)) for stack, data in stacks.items()},
         )
-        for counted, *heading in _WHERE_IT_HAPPENED
+        for counted, group, title in _WHERE_IT_HAPPENED
         if any(_effect(data, counted) for data in stacks.values())
     ]
-    return made
 
 
 def _tests(comparison: Mapping[str, Any]) -> list[Column]:
