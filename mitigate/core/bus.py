@@ -283,7 +283,7 @@ class HookBus:
         outer, inputs = request.frame, self.adapter.whole_prompt(self._prefill_inputs, request)
         length = request.layout.prompt_length
         phase = Phase.DIAGNOSTIC
-        request.enter(Frame(phase=phase, step=0, start=0, stop=length, branch=phase.value, owner=state.key))
+        request.frame = Frame(phase=phase, step=0, start=0, stop=length, branch=phase.value, owner=state.key)
         stop = self._layers[last_layer].register_forward_hook(_enough)
         self._diagnosing = True
         try:
@@ -296,9 +296,7 @@ class HookBus:
             raise
         finally:
             stop.remove()
-            self._diagnosing = False
-            if outer is not None:
-                request.enter(outer)
+            self._diagnosing, request.frame = False, outer
 
     # -------------------------------------------------------------------------------------------------------- layers
 

@@ -180,14 +180,8 @@ class Request:
         phase = Phase.PREFILL if stop <= prompt else Phase.DECODE
         if phase is Phase.DECODE and last_ids is not None and len(self._closing):
             self.finished = self.finished | torch.isin(last_ids, self._closing)
-        return self.enter(Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop))
-
-    def enter(self, frame: Frame) -> Frame:
-        """Make a frame the running one; what methods kept for the forward before is dropped."""
-        for state in self.states.values():
-            state.forward.clear()
-        self.frame = frame
-        return frame
+        self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
+        return self.frame
 
     def diagnose(self, state: MethodState, *, last_layer: int) -> None:
         """Run an extra, unedited forward over the whole prompt and call this method's ``diagnostic`` subscriptions.

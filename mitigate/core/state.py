@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 class MethodState(SimpleNamespace):
     """What a method remembers during one request: free attributes, plus counters per request row.
 
-    Attributes are the method's own (``state.history = ...``). A new request starts with a new state; `forward` is
-    emptied before every forward.
+    Attributes are the method's own (``state.history = ...``). A new request starts with a new state.
     """
 
     def __init__(self, key: str, rows: int) -> None:
@@ -26,13 +25,13 @@ class MethodState(SimpleNamespace):
         self._counters: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._changes: list[Tensor] = []
-        self.forward: dict[str, Any] = {}
+        self._shared: dict[str, tuple[Any, Any]] = {}
 
     def once(self, name: str, source: Any, compute: Callable[[], Any]) -> Any:
         """Return a value that layers of a forward share; computed anew when it stems from another ``source`` object."""
-        known = self.forward.get(name)
+        known = self._shared.get(name)
         if known is None or known[0] is not source:
-            known = self.forward[name] = (source, compute())
+            known = self._shared[name] = (source, compute())
         return known[1]
 
     def note_change(self, change: Tensor) -> None:

@@ -269,15 +269,31 @@ def test_uncached_batches_count_like_single_samples():
     """Hidden-state edits of finished samples are neither made nor counted."""
     model = tiny_llava(seed=2)
     inputs = make_inputs(model, PROMPTS, seed=2)
-    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
-    end = int(plain[1, -5])
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": end, "use_cache": False}
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "use_cache": False}
     with Stack([SCR(lam=1.3, k_src=3)]).attach(model) as handle:
+        kwargs["eos_token_id"] = int(handle.generate(**inputs, **kwargs)[1, -5])
         handle.generate(**inputs, **kwargs)
         together = counted(handle)
+        assert len({row["scr"]["tokens_edited"] for row in together}) > 1
         for row, sample in enumerate(split_rows(inputs, 6)):
             handle.generate(**sample, **kwargs)
             assert counted(handle)[0] == together[row]
+
+
+@pytest.mark.parametrize("rows", [Rows.ALL, lambda layout: layout.valid])
+def test_finished_samples_are_no_longer_edited_in_any_row(rows):
+    model = tiny_llava(seed=2)
+    inputs = make_inputs(model, PROMPTS, seed=2)
+    write = Subscription(point=Point.ATTENTION_PROBS, layers=(1,), rows=rows, access=Access.WRITE)
+    probe = Probe(subscription=write, function=lambda event: event.probs * 0.9)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    with Stack([probe]).attach(model) as handle:
+        end = int(handle.generate(**inputs, **kwargs)[1, -5])
+        handle.generate(**inputs, **kwargs, eos_token_id=end)
+        for row, sample in zip(handle.telemetry(), split_rows(inputs, 6), strict=True):
+            forwards = row["bus"]["forwards"]
+            assert row["probe"]["rows_edited"] == sample["input_ids"].shape[1] + forwards - 1
+        assert len({row["bus"]["forwards"] for row in handle.telemetry()}) > 1
 
 
 def test_models_loaded_under_inference_mode_are_refused():

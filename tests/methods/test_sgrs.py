@@ -56,6 +56,7 @@ def uniforms(seed, sample):
         ("greedy_order", "generated", "none", "mean", None),
         ("sample", "after_image", "row_l2", "mean", "post_raw"),
         ("greedy_order", "after_image", "row_l2", "mean", "logit_bias"),
+        ("greedy_order", "after_image", "row_l2", "mean", "post_renorm"),
     ],
 )
 def test_equals_naive_full_sequence(proposal, history, norm, reduce, locore):
@@ -240,5 +241,8 @@ def test_logits_processors_of_the_caller_are_respected(model):
     assert not set(tokens.flatten().tolist()) & set(banned)
     assert sum(sample["sgrs"]["fallbacks"] for sample in telemetry) > 0
     only = [token for token in range(100) if token != 42]
-    tokens, _ = generate(model, [method], inputs, steps=3, suppress_tokens=only)
-    assert set(tokens.flatten().tolist()) == {42}
+    for proposal in ("sample", "greedy_order"):
+        method = SGRS(alpha=5.0, top_k=3, proposal=proposal, **LAYERS)
+        tokens, telemetry = generate(model, [method], inputs, steps=3, suppress_tokens=only)
+        assert set(tokens.flatten().tolist()) == {42}
+        assert all(sample["sgrs"]["rejections"] <= 2 for sample in telemetry)  # one candidate: nothing else to reject
