@@ -17,20 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mitigate.errors import DataError
+from mitigate.jsonfiles import content_hash, number, read_json, to_json, write_json
 from mitigate.metrics.base import Interval
-from mitigate.records import (
-    RecordWriter,
-    RunRecord,
-    SampleRecord,
-    content_hash,
-    finished_ids,
-    natural_key,
-    number,
-    read_json,
-    read_samples,
-    to_json,
-    write_json,
-)
+from mitigate.records import RecordWriter, RunRecord, SampleRecord, finished_ids, natural_key, read_samples
 
 
 def record(name: str = "a", **changes: Any) -> SampleRecord:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mitigate.records import write_text
+from mitigate.jsonfiles import write_text
 from mitigate.report.plots import cost_plot, difference_plot
 from mitigate.runner.table import Column, columns, footnotes, number, units
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import ConfigError
-from mitigate.records import RunRecord, read_samples, write_json
+from mitigate.jsonfiles import write_json
+from mitigate.records import RunRecord, read_samples
 from mitigate.report import choose_examples, write_report
 from mitigate.runner.folder import claim, is_first_process, refuse_run
 from mitigate.runner.identity import check_same_run

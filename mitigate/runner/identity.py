@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import ConfigError, DataError
-from mitigate.records import read_object, to_json
+from mitigate.jsonfiles import read_object, to_json
 from mitigate.runner.fingerprint import weights_before_loading
 from mitigate.runner.folder import refuse_orphans
 from mitigate.runner.provenance import CODE, plugin_versions

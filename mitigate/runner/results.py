@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mitigate.effects import effects, stack_effect, totals
-from mitigate.records import RunRecord, SampleRecord, to_json
+from mitigate.jsonfiles import to_json
+from mitigate.records import RunRecord, SampleRecord
 from mitigate.runner.single import timing
 from mitigate.statistics import holm, intervals, mcnemar, paired_differences
 

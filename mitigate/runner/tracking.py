@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import DataError
-from mitigate.records import content_hash, read_json, write_json
+from mitigate.jsonfiles import content_hash, read_json, write_json
 from mitigate.report.examples import Example, hallucinated
 from mitigate.trackers.base import TrackedRun, Tracker
 
