@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -211,19 +213,24 @@ def test_two_processes_do_not_work_in_one_folder(loads: list[str], tmp_path: Pat
     assert not (tmp_path / "r" / folder.LOCK).exists()
 
 
-def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")
-    with claim(tmp_path):
-        child = context.Process(target=__import__("time").sleep, args=(30,))
-        child.start()
+def test_a_loaders_process_that_outlives_a_killed_run_does_not_hold_the_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from mitigate.runner.folder import claim\n"
+        "with claim(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: time.sleep(60); os._exit(0)\n"
+        "    print(child, flush=True); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
     try:
         with claim(tmp_path):
             pass
     finally:
-        child.kill()
-        child.join()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_only_the_first_process_of_a_launch_claims_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
