@@ -12,15 +12,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from rich.console import Console
 
+from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import OK, USER_ERROR
 from mitigate.compose.schemas import check_value, defaults_of, native, parameters_of, plain
 from mitigate.errors import ConfigError
 from mitigate.registry import suggestion
 
-#: Action -> module, dataclass of options, function.
+#: Action -> dataclass of options, and the function that takes them; only the second loads torch.
 ACTIONS = {
-    "train": ("mitigate.testbed.train", "TestbedTraining", "train"),
-    "evaluate": ("mitigate.testbed.evaluate", "TestbedEvaluation", "evaluate"),
+    "train": ("mitigate.testbed.options:TestbedTraining", "mitigate.testbed.train:train"),
+    "evaluate": ("mitigate.testbed.options:TestbedEvaluation", "mitigate.testbed.evaluate:evaluate"),
 }
 
 HELP = """\
@@ -41,16 +42,18 @@ def testbed(arguments: Sequence[str], console: Console) -> int:
     action, rest = arguments[0], list(arguments[1:])
     if action not in ACTIONS:
         raise ConfigError(f"mitigate testbed cannot {action!r}{suggestion(action, ACTIONS)}")
-    module, options, function = ACTIONS[action]
-    loaded = importlib.import_module(module)
-    schema = getattr(loaded, options)
+    options, act = (name.partition(":") for name in ACTIONS[action])
+    schema = getattr(importlib.import_module(options[0]), options[2])
     if any(argument in ("-h", "--help") for argument in rest):
         _say(console, _options_text(action, schema))
         return OK
     config = read_dataclass(schema, rest)
+    config.check_files()
+    check_accelerator(getattr(config, "accelerator", "auto"), "accelerator")
+    loaded = importlib.import_module(act[0])
     try:
-        result = getattr(loaded, function)(config)
-    except FileExistsError as error:
+        result = getattr(loaded, act[2])(config)
+    except (FileExistsError, PermissionError, NotADirectoryError) as error:
         raise ConfigError(str(error)) from error
     return _report(loaded, result, console)
 

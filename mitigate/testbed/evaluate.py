@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, LogitsProcessor, LogitsProcessorList
 
+from mitigate.errors import ConfigError
 from mitigate.testbed.batches import Packer
 from mitigate.testbed.draw import draw
 from mitigate.testbed.language import CAPTION_PROMPT, QUESTION_KINDS, pope_questions
 from mitigate.testbed.model import checkpoint_path, checksum, load
+from mitigate.testbed.options import TestbedEvaluation as TestbedEvaluation
 from mitigate.testbed.probe import Probe, load_probe, presence, visual_features
 from mitigate.testbed.scores import (
     answer_metrics,
@@ -22,47 +24,12 @@ from mitigate.testbed.scores import (
     kinship_metrics,
     rate_by_sentence,
 )
-from mitigate.testbed.world import Scene, Split, scenes
+from mitigate.testbed.world import Scene, scenes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MAX_CAPTION_TOKENS: Final = 96
-
-
-@dataclass(frozen=True)
-class TestbedEvaluation:
-    """Options of `mitigate testbed evaluate`; the defaults give the numbers of the model card.
-
-    Attributes
-    ----------
-    checkpoint
-        Folder to measure; empty for the one that ships with the package.
-    split
-        Split of the scenes.
-    images
-        Number of scenes.
-    batch_size
-        Captions generated at a time.
-    control_scale
-        What the probe's log-odds are multiplied with in the positive control.
-    threads
-        CPU threads; 0 leaves torch's choice.
-    card
-        Page to write the model card to, which is then written beside the weights as well; empty for none.
-    """
-
-    checkpoint: str = ""
-    split: Split = "test"
-    images: int = 500
-    batch_size: int = 100
-    control_scale: float = 0.5
-    threads: int = 0
-    card: str = ""
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ValueError(f"images must be at least 2, but is {self.images}")
 
 
 class AddLogOdds(LogitsProcessor):  # type: ignore[misc]
@@ -189,14 +156,18 @@ def evaluate(config: TestbedEvaluation) -> dict[str, Any]:
 
     Raises
     ------
-    FileNotFoundError
-        If the folder holds no checkpoint or no probe.
+    ConfigError
+        If the folder holds no checkpoint or no probe, or one that is damaged.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(config.checkpoint) if config.checkpoint else checkpoint_path()
-    model, processor = load(folder)
-    probe = load_probe(folder)
+    try:
+        probe = load_probe(folder)
+        model, processor = load(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"checkpoint={folder} cannot be measured: {reason}") from error
     pictures = list(scenes(config.split, config.images))
     truths = [made.objects for made in pictures]
     packer = Packer(processor, questions=1, patch_size=int(processor.patch_size))

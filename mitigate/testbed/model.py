@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mitigate.testbed.draw import PICTURE_SIZE
 from mitigate.testbed.language import WORDS
+from mitigate.testbed.options import DEFAULT_SIZE
+from mitigate.testbed.options import ModelSize as ModelSize
 
 CHECKPOINT_FORMAT: Final = 1
 IMAGE_TOKEN: Final = "<image>"
@@ -41,32 +43,6 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 """LLaVA-1.5's way of asking: ``USER: <image>\\nquestion ASSISTANT:``."""
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Sizes of the testbed's model.
-
-    Attributes
-    ----------
-    width
-        Width of the vision tower and of the decoder.
-    vision_layers, vision_heads, vision_mlp
-        Depth, heads and MLP width of the vision tower.
-    text_layers, text_heads, text_mlp
-        Depth, heads and MLP width of the decoder.
-    patch_size
-        Side of a picture patch in pixels; a picture becomes ``(64 / patch_size) ** 2`` tokens.
-    """
-
-    width: int = 128
-    vision_layers: int = 3
-    vision_heads: int = 4
-    vision_mlp: int = 384
-    text_layers: int = 8
-    text_heads: int = 8
-    text_mlp: int = 320
-    patch_size: int = 8
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -97,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(size: ModelSize = ModelSize()) -> LlavaProcessor:
+def build_processor(size: ModelSize = DEFAULT_SIZE) -> LlavaProcessor:
     """Tokenizer, picture normalisation and chat template in one `LlavaProcessor`."""
     side = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
     # The Pillow backend: it needs no torchvision. A picture of 64 x 64 passes through resize and crop unchanged.
@@ -112,7 +88,7 @@ def build_processor(size: ModelSize = ModelSize()) -> LlavaProcessor:
     )
 
 
-def build_model(size: ModelSize = ModelSize(), *, seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(size: ModelSize = DEFAULT_SIZE, *, seed: int = 0) -> LlavaForConditionalGeneration:
     """Make a freshly initialised model.
 
     Parameters
@@ -179,7 +155,7 @@ def save(
     model: LlavaForConditionalGeneration,
     folder: Path,
     *,
-    size: ModelSize = ModelSize(),
+    size: ModelSize = DEFAULT_SIZE,
     recipe: dict[str, Any] | None = None,
 ) -> Path:
     """Write model (16-bit safetensors), processor and recipe into a folder.

@@ -349,6 +349,19 @@ def _claim(output: Path, config: TestbedTraining) -> None:
     if record.is_file():
         if not config.resume:
             raise FileExistsError(f"{output} holds a training run; set resume=true to go on with it, or another output")
-        if record.read_text(encoding="utf-8") != wanted:
-            raise FileExistsError(f"{output} holds a training run with other options; choose another output")
+        if other := _differences(record, json.loads(wanted)):
+            raise FileExistsError(
+                f"{output} holds a training run with other options: {', '.join(other)}; choose another output"
+            )
     record.write_text(wanted, encoding="utf-8")
+
+
+def _differences(record: Path, wanted: dict[str, Any]) -> list[str]:
+    """Name the options in which a recorded run differs, with both values."""
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileExistsError(f"{record} is damaged; choose another output or delete the folder") from error
+    names = sorted(name for name in {*before, *wanted} if before.get(name) != wanted.get(name))
+    shown = [f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in names[:4]]
+    return [*shown, f"{len(names) - 4} more"] if len(names) > 4 else shown

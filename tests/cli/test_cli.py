@@ -279,6 +279,10 @@ def test_version_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         ["plan", "stack=sgrs+locore", "model=llava-1.5-7b"],
         ["plan", "stack=scr"],
         ["compare", "stacks=[nothing]"],
+        ["testbed", "train", "--help"],
+        ["testbed", "evaluate", "--help"],
+        ["testbed", "train", "sed=1"],
+        ["testbed", "evaluate", "split=foo"],
     ],
     ids=" ".join,
 )

@@ -142,11 +142,17 @@ def test_a_folder_with_other_options_is_refused(tmp_path: Path) -> None:
     (tmp_path / "options.json").write_text("{}")
     with pytest.raises(FileExistsError, match="other options"):
         training.train(replace(TINY, output=str(tmp_path)))
+    options = training.recipe(replace(TINY, width=48))["recipe"]
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    with pytest.raises(FileExistsError, match=r"other options: width was 48, now 32; choose"):
+        training.train(replace(TINY, output=str(tmp_path)))
     with pytest.raises(FileExistsError, match="set resume=true"):
         training.train(replace(TINY, output=str(tmp_path), resume=False))
 
 
-@pytest.mark.parametrize("option", [{"read_together": 1.5}, {"habit_theme_bias": -1.0}, {"look_batch": 0}])
+@pytest.mark.parametrize(
+    "option", [{"read_together": 1.5}, {"habit_theme_bias": -1.0}, {"look_batch": 0}, {"width": 40}]
+)
 def test_impossible_options_are_named(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
         replace(TINY, **option)
