@@ -109,6 +109,7 @@ Methods
   methods.A.KEY=VALUE               a parameter of a selected method (`mitigate list methods --json` lists them)
   methods.A.preset=NAME             a named set of values, such as paper
   ~methods.B                        take one out
+  stack=NAME                        a preset of methods and values, instead of methods=[...]
   +methods.late={name: A, KEY: 1}   a second copy under its own key
 """
 

@@ -40,6 +40,11 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
         (trainer["batch_size"] >= 1, "trainer.batch_size", "be at least 1"),
         (trainer["num_workers"] >= 0, "trainer.num_workers", "be 0 or more"),
         (trainer["devices"] >= 1 or trainer["devices"] == -1, "trainer.devices", "be at least 1, or -1 for all"),
+        (
+            trainer["devices"] != -1 or trainer["accelerator"] != "cpu",
+            "trainer.devices",
+            "be at least 1 with trainer.accelerator=cpu",
+        ),
         (trainer["num_nodes"] >= 1, "trainer.num_nodes", "be at least 1"),
         (model["dtype"] in _DTYPES, "model.dtype", "be one of " + ", ".join(_DTYPES)),
         (trainer["accelerator"] in ACCELERATORS, "trainer.accelerator", "be one of " + ", ".join(ACCELERATORS)),

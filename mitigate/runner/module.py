@@ -237,7 +237,7 @@ def predict(
                 callbacks=[interrupt],
                 default_root_dir=str(folder),
             )
-        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             settings = ", ".join(f"trainer.{key}={value}" for key, value in asked.items())
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{settings}: {reason}\nuse trainer=cpu, or ask for devices this machine has") from error

@@ -143,6 +143,11 @@ def test_a_method_that_needs_the_testbed_on_another_model() -> None:
     assert list(compose_run(["stack=control_probe"]).methods) == ["control_probe"]
 
 
+def test_all_devices_of_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.devices=-1 must be at least 1 with trainer.accelerator=cpu"):
+        compose_run(["trainer=cpu", "trainer.devices=-1"])
+
+
 @pytest.mark.parametrize("mode", ["null", "offline", "online", "disabled", "shared"])
 def test_every_mode_of_the_tracker_composes(mode: str) -> None:
     assert compose_run([f"tracker.mode={mode}"]).config["tracker"]["mode"] == (None if mode == "null" else mode)
