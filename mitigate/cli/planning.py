@@ -15,9 +15,18 @@ from mitigate.cli.options import help_text, read_options
 from mitigate.compose import compose_comparison, compose_run
 from mitigate.compose.session import flatten
 from mitigate.core.plan import plan_stack
+from mitigate.core.points import Point
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
+
+#: Points that come in one phase, or between phases, whatever the subscription says.
+_PHASES: dict[str, str] = {
+    Point.VISUAL_EMBEDDINGS: "prefill",
+    Point.PREFILL_END: "prefill",
+    Point.SAMPLE_BEGIN: "",
+    Point.SAMPLE_END: "",
+}
 
 
 def plan(arguments: Sequence[str], console: Console) -> int:
@@ -80,7 +89,8 @@ def _points(run: ResolvedRun) -> Table:
     columns = ("point", "method", "layers", "rows", "phases", "access", "what")
     table = Table(*columns, title="Points, in the order of a forward; stack order within a point", title_justify="left")
     for line in plan_stack(run.methods, run.facts) if run.facts is not None else ():
-        cells = (line.point, line.method, line.layers, line.rows, line.phases, line.access, line.where)
+        phases = _PHASES.get(line.point, line.phases)
+        cells = (line.point, line.method, line.layers, line.rows, phases, line.access, line.where)
         table.add_row(*(Text(cell) for cell in cells))
     return table
 

@@ -235,6 +235,14 @@ def test_plan_shows_points_values_and_sources(capsys: pytest.CaptureFixture[str]
     assert out.index("attention_probs") < out.index("select_token")
 
 
+def test_plan_shows_a_point_only_in_the_phases_it_comes_in(capsys: pytest.CaptureFixture[str]) -> None:
+    out = outcome(capsys, "plan", "stack=control_probe")[1]
+    rows = {
+        cells[1]: cells for line in out.splitlines() if len(cells := [cell.strip() for cell in line.split("│")]) > 3
+    }
+    assert rows["visual_embeddings"][5] == "prefill"
+
+
 def test_plan_of_a_comparison_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     plans = json.loads(outcome(capsys, "plan", "--json", "stacks=[none,toy]", "model=llava-1.5-13b")[1])
     assert [plan["stack"] for plan in plans] == ["none", "toy"]
