@@ -218,12 +218,12 @@ def test_a_loaders_process_that_outlives_a_killed_run_does_not_hold_the_lock(tmp
         "import os, sys, time; from pathlib import Path; from mitigate.runner.folder import claim\n"
         "with claim(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
-        "    if child == 0: time.sleep(60); os._exit(0)\n"
-        "    print(child, flush=True); time.sleep(60)\n"
+        "    if child == 0: os.write(1, b'0\\n'); time.sleep(60); os._exit(0)\n"
+        "    os.write(1, b'%d\\n' % child); time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    child = max(int(parent.stdout.readline()) for _ in range(2))  # the child has spoken: it has started
     parent.kill()
     parent.wait()
     try:
