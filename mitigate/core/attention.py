@@ -146,7 +146,7 @@ def splice(base: Tensor, rows: Tensor, local: Tensor, edited: Tensor | None) -> 
     edited
         ``[B, R]`` bool; ``None`` when no row was edited.
     """
-    kept = base[:, local]
+    kept = base if base.shape[1] == len(local) else base[:, local]
     if rows.requires_grad:
         kept = kept.detach() + (rows - rows.detach())  # fused value, exact rows' gradient
     chosen = kept if edited is None else torch.where(edited[:, :, None, None], rows, kept)

@@ -180,4 +180,5 @@ def _change(old: Tensor, new: Tensor, softmaxed: bool) -> Tensor:
     old, new = old.detach(), new.detach()
     if not softmaxed:
         old, new = old.softmax(-1), new.softmax(-1)
-    return (new - old).abs().sum(-1).mean(1)
+    change: Tensor = torch.linalg.vector_norm(new - old, ord=1, dim=(1, 3)) / old.shape[1]
+    return change

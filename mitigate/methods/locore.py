@@ -102,8 +102,8 @@ class LocoRE(Method):
         """A[q*, j] <- A[q*, j] * gamma_j (Algorithm 2)."""
         if self.beta == 0.0:
             return None
-        window = state.once("window", event.rows, lambda: self._window(event, event.probs))
-        gained = torch.where(window, event.probs * (1.0 + self.beta), event.probs)
+        gain: Tensor = state.once("gain", event.rows, lambda: self._gain(event))
+        gained = event.probs * gain
         return gained if self.mode == "post_raw" else gained / gained.sum(-1, keepdim=True)
 
     def on_attention_scores(self, event: AttentionScores, state: MethodState) -> Tensor | None:
@@ -117,6 +117,10 @@ class LocoRE(Method):
             else scores + torch.log1p(scores.new_tensor(self.beta))
         )
         return torch.where(state.once("window", event.rows, lambda: self._window(event, scores)), moved, scores)
+
+    def _gain(self, event: AttentionProbs) -> Tensor:
+        """gamma_j: 1 + beta within the window, 1 elsewhere, ``[B, 1, R, K]``."""
+        return torch.where(self._window(event, event.probs), event.probs.new_tensor(1.0 + self.beta), 1.0)
 
     def _window(self, event: AttentionProbs | AttentionScores, matrix: Tensor) -> Tensor:
         """Keys with gamma_j > 1: J = {S0 <= j < q*} within the window, ``[B, 1, R, K]``."""
