@@ -23,7 +23,7 @@ def blocks(language):
 
 def commands():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`(mitigate run [^`]+)`", README)
+    inline = re.findall(r"`(mitigate (?:run|compare|plan|list) [^`]+)`", README)
     found = [re.sub(r"\s+#.*", "", line).strip() for line in lines + inline]
     return [line for line in found if line and "sharpen" not in line]
 

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlRandom(Method):
-    """Adds as much attention as LocoRE (`post_raw`) would, in the same rows, heads and layers, but on random keys.
+    """Changes attention by as much as LocoRE (`post_raw`) would, in the same rows, heads and layers, but at random.
 
-    What this control achieves, any edit of that size achieves. It should change no metric beyond its interval.
+    Every weight is raised or lowered by the same share, the sign drawn per key, so that nothing is favoured. What this
+    control achieves, any edit of that size achieves: it should change no metric beyond its interval.
 
     Parameters
     ----------
     beta, window
-        As LocoRE's: per head the edit adds ``beta`` times the attention mass on the last ``window`` keys.
+        As LocoRE's: per head the L1 of the edit is ``beta`` times the attention mass on the last ``window`` keys.
     layers
         Decoder layers.
 
@@ -46,7 +47,7 @@ class ControlRandom(Method):
     """
 
     name: ClassVar[str] = "control_random"
-    summary: ClassVar[str] = "negative control: adds as much attention as locore, on random keys"
+    summary: ClassVar[str] = "negative control: changes attention by as much as locore, at random"
     fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
     tags: ClassVar[Tags] = Tags(
         reads=frozenset({Point.SAMPLE_BEGIN}), writes=frozenset({Point.ATTENTION_PROBS}), stochastic=True
@@ -58,7 +59,7 @@ class ControlRandom(Method):
 
     def __post_init__(self) -> None:
         self.require_finite("beta")
-        self.require(self.beta >= 0.0, "beta", "not be negative")
+        self.require(0.0 <= self.beta <= 1.0, "beta", "be between 0 and 1 (no weight may become negative)")
         self.require(self.window >= 1, "window", "be at least 1")
 
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:
@@ -71,7 +72,7 @@ class ControlRandom(Method):
                 access=Access.WRITE,
                 layers=layers,
                 rows=Rows.PREDICTORS,
-                where=f"{self.window} random keys",
+                where="every key, up or down at random",
             ),
         ]
 
@@ -81,7 +82,7 @@ class ControlRandom(Method):
         state.seed = torch.stack(seeds).to(event.layout.roles.device)
 
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> Tensor | None:
-        """A[q*, j] <- A[q*, j] + beta m r_j, with r a random distribution over ``window`` random keys."""
+        """A[q*, j] <- A[q*, j] (1 + beta m s_j), with m the mass on the window and s_j a random sign."""
         if self.beta == 0.0:
             return None
         probs, layout, device = event.probs, event.layout, event.probs.device
@@ -94,11 +95,7 @@ class ControlRandom(Method):
         heads = torch.arange(probs.shape[1], device=device)[:, None, None]
         seed = state.seed[:, None, None, None]
         draw = hashed_uniform(seed, event.layer, heads, event.rows[:, None] - start, keys - start)
-        visible = (distance >= 0) & (keys >= start)
-        draw = torch.where(visible, draw, -1.0)
-        best = draw.topk(min(self.window, draw.shape[-1]), dim=-1)
-        weight = torch.zeros_like(draw).scatter(-1, best.indices, best.values.clamp_min(0.0))
-        return probs + self.beta * mass * weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
+        return probs * (1.0 + self.beta * mass * torch.where(draw < 0.5, -1.0, 1.0))
 
     @classmethod
     def identity(cls) -> Self:
