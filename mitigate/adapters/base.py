@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +38,14 @@ class Adapter(ABC):
     def decoder_config(self, model: PreTrainedModel) -> PretrainedConfig:
         """Return the configuration object the decoder's attention modules share."""
         return cast("PretrainedConfig", model.config.get_text_config(decoder=True))
+
+    def final_norm(self, model: PreTrainedModel) -> nn.Module:
+        """Return the norm between the last block and the unembedding: a scale without shift (RMSNorm)."""
+        return cast(nn.Module, model.get_decoder().norm)
+
+    def output_projection(self, layer: Any) -> nn.Module:
+        """Return the linear map from the concatenated heads of a block to the residual stream."""
+        return cast(nn.Module, layer.self_attn.o_proj)
 
     @abstractmethod
     def projector(self, model: PreTrainedModel) -> nn.Module:
@@ -106,8 +115,8 @@ class Adapter(ABC):
                 first = int(image_tokens[index].int().argmax())
                 before = torch.arange(ids.shape[1], device=ids.device) < first
                 roles[index, before & mask[index].bool()] = int(Role.SYSTEM)
-            rows.append(tuple(ImageSpan(span.image + count, span.positions, span.grid, span.stop) for span in spans))
-            count += len(spans)
+            rows.append(tuple(dataclasses.replace(span, image=span.image + count) for span in spans))
+            count += len({span.image for span in spans})
         roles[image_tokens] = int(Role.IMAGE)
         return TokenLayout(roles, tuple(rows), ids.shape[1])
 
@@ -140,6 +149,19 @@ class Adapter(ABC):
             "logits_to_keep": 1,
             "return_dict": True,
         }
+
+    def image_pixels(self, inputs: Mapping[str, Any], image: int) -> Tensor:
+        """Return one image's pixels as the processor made them, from the inputs of a request.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the images came in another form.
+        """
+        pixels = inputs.get("pixel_values")
+        if pixels is None or image >= len(pixels):
+            raise UnsupportedModel("the request brings no pixel_values to tell its images apart")
+        return cast(Tensor, pixels[image])
 
     # ----------------------------------------------------------------------------------------------------- the inputs
 

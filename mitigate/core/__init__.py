@@ -16,6 +16,7 @@ from mitigate.core.points import (
     Selection,
     SelectToken,
     Subscription,
+    TokenChosen,
     VisualEmbeddings,
 )
 from mitigate.core.state import MethodState
@@ -39,6 +40,7 @@ __all__ = [
     "Selection",
     "Subscription",
     "Tags",
+    "TokenChosen",
     "VisualEmbeddings",
     "parse_layers",
 ]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mitigate.core import attention
+from mitigate.core.frame import Frame, RowSelection
 from mitigate.core.plan import BoundSubscription
-from mitigate.core.points import Access, AttentionProbs, AttentionScores, Phase, Point, Rows, Subscription
-from mitigate.core.request import Frame, Request, RowSelection
+from mitigate.core.points import FINAL, Access, AttentionProbs, AttentionScores, Phase, Point, Rows, Subscription
+from mitigate.core.request import Request
 from mitigate.errors import HookError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class AttentionPoints:
         self._plan = {
             (phase, index): [
                 item
-                for served in (_writes_scores, _sees_probs, _needs_gradient)
+                for served in (_on_scores, _on_probs, _on_final_probs)
                 for item in bus.bound
                 if served(item.subscription) and index in item.subscription.layers
                 if phase in item.subscription.phases
@@ -67,7 +68,7 @@ class AttentionPoints:
         # autocast would take the exact rows down to half precision
         with torch.autocast(query.device.type, enabled=False) if _autocast(query) else nullcontext():
             scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
-            probs, edited = self._edit(asked, layer, request, frame, local, scores)
+            probs, edited = self._edit(asked, layer, request, frame, local, scores, value)
             if edited is None and not probs.requires_grad:
                 return base
             return attention.splice(base, attention.mix_values(probs, value).to(base.dtype), local, edited)
@@ -80,6 +81,7 @@ class AttentionPoints:
         frame: Frame,
         local: Tensor,
         matrix: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the handlers over the rows; return the final weights ``[B, H, R, K]`` and the edited rows ``[B, R]``."""
         common = {**frame.event(request), "layer": layer, "rows": frame.positions(local)}
@@ -89,12 +91,16 @@ class AttentionPoints:
             if item.subscription.point is Point.ATTENTION_PROBS and not softmaxed:
                 matrix, softmaxed = matrix.softmax(-1), True
             row_mask = _spread(selection, local)
-            if item.subscription.access is Access.GRADIENT and frame.gradient:
+            access = item.subscription.access
+            if access is Access.GRADIENT and frame.gradient:
                 # the lowest layer's rows become the graph's leaf; above it they already depend on it
                 matrix = matrix if matrix.requires_grad else matrix.detach().requires_grad_()
                 frame.tape[layer] = matrix
+            if access is Access.DIRECT:
+                frame.direct[layer] = (matrix.detach()[:, :, -1], value.detach())
             if softmaxed:
-                new = self._bus.call(item, AttentionProbs(probs=matrix, row_mask=row_mask, **common))
+                seen = matrix.detach() if access in FINAL else matrix
+                new = self._bus.call(item, AttentionProbs(probs=seen, row_mask=row_mask, **common))
             else:
                 new = self._bus.call(item, AttentionScores(scores=matrix, row_mask=row_mask, **common))
             if new is None:
@@ -120,16 +126,16 @@ class AttentionPoints:
         return frame.selections[rows]
 
 
-def _writes_scores(subscription: Subscription) -> bool:
+def _on_scores(subscription: Subscription) -> bool:
     return subscription.point is Point.ATTENTION_SCORES
 
 
-def _needs_gradient(subscription: Subscription) -> bool:
-    return subscription.access is Access.GRADIENT
+def _on_probs(subscription: Subscription) -> bool:
+    return subscription.point is Point.ATTENTION_PROBS and subscription.access not in FINAL
 
 
-def _sees_probs(subscription: Subscription) -> bool:
-    return subscription.point is Point.ATTENTION_PROBS and not _needs_gradient(subscription)
+def _on_final_probs(subscription: Subscription) -> bool:
+    return subscription.access in FINAL
 
 
 def _autocast(query: Tensor) -> bool:
@@ -138,6 +144,8 @@ def _autocast(query: Tensor) -> bool:
 
 def _select(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
     layout, width = request.layout, frame.stop - frame.start
+    if frame.every_row:
+        rows = Rows.ALL
     if rows is Rows.LAST or rows is Rows.PREDICTORS:
         first_predictor = layout.prompt_length - 1
         if frame.stop <= first_predictor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mitigate.core import attention
+from mitigate.core.attachment import Attachment
 from mitigate.core.attention_points import AttentionPoints
+from mitigate.core.direct import DirectPath
+from mitigate.core.frame import Frame
 from mitigate.core.method import Method
 from mitigate.core.plan import BoundSubscription, bind
 from mitigate.core.points import (
@@ -24,16 +28,14 @@ from mitigate.core.points import (
     NextTokenLogits,
     Phase,
     Point,
-    Selection,
-    SelectToken,
     VisualEmbeddings,
 )
-from mitigate.core.request import Frame, Request
+from mitigate.core.request import Request
 from mitigate.core.state import MethodState
 from mitigate.errors import HookError, LayoutError, MitigateError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from mitigate.adapters.base import Adapter
 
@@ -63,16 +65,32 @@ class HookBus:
         Knows the model's parts and derives token layouts.
     methods
         Key -> method, in stack order.
+    processor
+        The model's processor, for methods that need to know words.
+
+    Attributes
+    ----------
+    direct
+        The model's direct path, if a method differentiates along it.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter, methods: Mapping[str, Method]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: Adapter,
+        methods: Mapping[str, Method],
+        processor: ProcessorMixin | None = None,
+    ) -> None:
         self.model = model
+        self.attachment = Attachment(model, processor)
         self.adapter = adapter
         self.methods = dict(methods)
         self.bound = bind(self.methods, adapter.facts(model))
         self.request: Request | None = None
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))
+        direct = any(item.subscription.access is Access.DIRECT for item in self.bound)
+        self.direct = DirectPath(model, adapter) if direct else None
         self._points: AttentionPoints | None = None
         self._forward_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._diagnosing = False
@@ -86,6 +104,11 @@ class HookBus:
             for item in self.bound
             if item.subscription.point is point and (layer is None or layer in item.subscription.layers)
         ]
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether a method chooses tokens or watches the choice, which transformers' own loops do not let it."""
+        return bool(self.subscriptions(Point.SELECT_TOKEN) or self.subscriptions(Point.TOKEN_CHOSEN))
 
     @property
     def gradient_layers(self) -> tuple[int, ...]:
@@ -107,6 +130,8 @@ class HookBus:
         if self.subscriptions(Point.VISUAL_EMBEDDINGS):
             projector = self.adapter.projector(self.model)
             undo.callback(projector.register_forward_hook(self._after_projector).remove)
+        if self.direct is not None:
+            self.direct.install(undo)
         for index, layer in enumerate(self._layers):
             if self.subscriptions(Point.HIDDEN_STATES, index):
                 # first in line: whoever records hidden states sees the edited ones
@@ -155,13 +180,14 @@ class HookBus:
         self.request = None
 
     def _lifecycle(self, point: Point) -> None:
-        request = self._running()
+        request = self.running()
         frame = request.frame
         for item in self.subscriptions(point):
             if frame is not None and self.serves(item, frame):
                 self.call(item, Event(**frame.event(request)))
 
-    def _running(self) -> Request:
+    def running(self) -> Request:
+        """Return the request being served."""
         if self.request is None:
             raise HookError("the model ran outside a request; this is a bug of the hook bus")
         return self.request
@@ -247,7 +273,7 @@ class HookBus:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._diagnosing:
             return None
-        request = self._running()
+        request = self.running()
         frame = cast(Frame, request.frame)
         active = ~request.finished
         predictors = max(frame.stop - max(frame.start, request.layout.prompt_length - 1), 0)
@@ -276,26 +302,30 @@ class HookBus:
 
     def new_request(self, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any], **options: Any) -> Request:
         """Derive the layout of a batch of prompts and make the request that carries it."""
-        return Request(self, self.adapter.layout(self.model, ids, mask, inputs), ids, **options)
+        layout = self.adapter.layout(self.model, ids, mask, inputs)
+        layout = dataclasses.replace(layout, question=self.attachment.question(ids, layout))
+        return Request(self, layout, ids, inputs=inputs, **options)
 
-    def diagnose(self, request: Request, state: MethodState, last_layer: int) -> None:
+    def diagnose(self, request: Request, state: MethodState, last_layer: int | None) -> None:
         """See `Request.diagnose`."""
-        outer, inputs = request.frame, self.adapter.whole_prompt(self._prefill_inputs, request)
-        length = request.layout.prompt_length
-        phase = Phase.DIAGNOSTIC
-        request.frame = Frame(phase=phase, step=0, start=0, stop=length, branch=phase.value, owner=state.key)
-        stop = self._layers[last_layer].register_forward_hook(_enough)
-        self._diagnosing = True
+        inputs = self.adapter.whole_prompt(self._prefill_inputs, request)
+        frame = Frame(phase=Phase.DIAGNOSTIC, step=0, start=0, stop=request.layout.prompt_length, owner=state.key)
+        stop = nullcontext() if last_layer is None else self._layers[last_layer].register_forward_hook(_enough)
+        with stop, suppress(_Enough), torch.no_grad():
+            self.extra_forward(request, frame, inputs)
+        state.count("extra_forwards", 1.0)
+
+    def extra_forward(self, request: Request, frame: Frame, inputs: Mapping[str, Any]) -> Any:
+        """Run the model once more inside a request, serving only the frame's owner."""
+        outer, request.frame, self._diagnosing = request.frame, frame, True
         try:
-            with torch.no_grad():
-                self.model(**inputs)
+            return self.model(**inputs)
         except _Enough:
-            state.count("extra_forwards", 1.0)
+            raise
         except Exception as error:
             self._model_error = error  # so that the method is not blamed for it
             raise
         finally:
-            stop.remove()
             self._diagnosing, request.frame = False, outer
 
     # -------------------------------------------------------------------------------------------------------- layers
@@ -316,7 +346,7 @@ class HookBus:
         return hook
 
     def _edit_hidden(self, item: BoundSubscription, layer: int, frame: Frame, hidden: Tensor) -> Tensor:
-        request = self._running()
+        request = self.running()
         event = HiddenStates(
             **frame.event(request),
             layer=layer,
@@ -347,22 +377,3 @@ class HookBus:
             if edited is not None:
                 features, changed = list(edited), True
         return torch.stack(features) if changed else None
-
-    # ------------------------------------------------------------------------------------------------------ choosing
-
-    def select_token(self, logits: Tensor, scores: Tensor) -> Selection | None:
-        """Ask the stack's token-selecting method, if any, for the next token of every row.
-
-        Counts ``tokens_changed``: choices that greedy decoding of the same logits would not have made.
-        """
-        request = self._running()
-        frame = cast(Frame, request.frame)
-        for item in self.subscriptions(Point.SELECT_TOKEN):
-            active = ~request.finished
-            event = SelectToken(**frame.event(request), logits=logits, scores=scores, active=active)
-            selection = cast("Selection | None", self.call(item, event))
-            if selection is not None:
-                changed = selection.chosen & (selection.token != scores.argmax(-1)) & active
-                request.state(item.key).count("tokens_changed", changed)
-            return selection
-        return None

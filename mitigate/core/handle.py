@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mitigate.core.bus import HookBus
     from mitigate.core.request import Request
     from mitigate.core.stack import Stack
+    from mitigate.core.state import Trace
 
 
 class Handle:
@@ -42,7 +43,14 @@ class Handle:
         self._samples = 0
         self._generate: Callable[..., Any] = model.generate
 
-    def generate(self, *args: Any, seed: int = 0, sample_ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        seed: int = 0,
+        sample_ids: Sequence[str] | None = None,
+        trace: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Generate with the stack; takes and returns what ``model.generate`` takes and returns.
 
         Parameters
@@ -52,6 +60,8 @@ class Handle:
         sample_ids
             One name per sample: a sample's draws depend on the seed and its name, not on its place in the batch.
             Row numbers by default.
+        trace
+            Whether the methods shall report what they do; read it with `trace`.
         *args, **kwargs
             Model inputs and arguments of ``model.generate``.
 
@@ -69,13 +79,15 @@ class Handle:
             inputs = kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
             self._samples = len(inputs) if inputs is not None else 1
             return self._generate(**kwargs)
-        if not self.stack.selects_token:
+        if not self.bus.needs_loop:
             config = self._config(kwargs)
-            with self._request(kwargs, config, seed, sample_ids) as request:
+            with self._request(kwargs, config, seed, sample_ids, trace) as request:
                 return self._generate(**_observed(kwargs, config, request))
-        return self._generate_selecting(kwargs, seed, sample_ids)
+        return self._generate_selecting(kwargs, seed, sample_ids, trace)
 
-    def _generate_selecting(self, kwargs: dict[str, Any], seed: int, sample_ids: Sequence[str] | None) -> Any:
+    def _generate_selecting(
+        self, kwargs: dict[str, Any], seed: int, sample_ids: Sequence[str] | None, trace: bool
+    ) -> Any:
         """Generate through the project's own loop."""
         from mitigate.decoding.loop import check_decoding, decode, with_stop_strings
 
@@ -85,15 +97,15 @@ class Handle:
         escape = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with escape, _frozen(self.model) if self.stack.needs_gradient else nullcontext():
             kwargs = {name: _usable(value) for name, value in kwargs.items()}
-            with self._request(kwargs, config, seed, sample_ids):
+            with self._request(kwargs, config, seed, sample_ids, trace):
                 streamer = kwargs.pop("streamer", None)
                 return self._generate(custom_generate=decode, bus=self.bus, token_streamer=streamer, **kwargs)
 
     def plain_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Serve ``model.generate`` called directly while the stack is attached."""
-        if self.stack.selects_token:
+        if self.bus is not None and self.bus.needs_loop:
             raise StackConflict(
-                "the stack selects tokens, which model.generate cannot do; call handle.generate instead"
+                "the stack takes part in selecting tokens, which model.generate cannot do; call handle.generate instead"
             )
         return self.generate(*args, **kwargs)
 
@@ -102,6 +114,11 @@ class Handle:
         if self.bus is None or self.bus.last_request is None:
             return [{"bus": {}} for _ in range(self._samples)]
         return self.bus.last_request.telemetry()
+
+    def trace(self) -> list[Trace]:
+        """Return what the methods reported in the last request, in order; empty unless it was traced."""
+        request = None if self.bus is None else self.bus.last_request
+        return [] if request is None or request.traces is None else list(request.traces)
 
     def ask(self, image: Image | Sequence[Image], prompt: str, **kwargs: Any) -> str:
         """Answer one question about a picture; needs the processor.
@@ -142,7 +159,12 @@ class Handle:
 
     @contextmanager
     def _request(
-        self, kwargs: dict[str, Any], config: GenerationConfig, seed: int, sample_ids: Sequence[str] | None
+        self,
+        kwargs: dict[str, Any],
+        config: GenerationConfig,
+        seed: int,
+        sample_ids: Sequence[str] | None,
+        trace: bool,
     ) -> Iterator[Request]:
         """Open a request for one call of ``generate`` and close it whatever happens."""
         bus = cast("HookBus", self.bus)
@@ -160,7 +182,15 @@ class Handle:
         if mask is None and pad is not None and pad not in ends:
             mask = (ids != pad).long()  # as generate itself infers it
         request = bus.new_request(
-            ids, mask, kwargs, seed=seed, sample_ids=sample_ids, end_tokens=ends, pad_token=pad, generating=True
+            ids,
+            mask,
+            kwargs,
+            seed=seed,
+            sample_ids=sample_ids,
+            end_tokens=ends,
+            pad_token=pad,
+            generating=True,
+            trace=trace,
         )
         bus.begin(request)
         try:

@@ -39,12 +39,19 @@ class ImageSpan:
         ``(rows, columns)`` with ``rows * columns == N``, or ``None`` when the tokens form no raster.
     stop
         Column after the image's last token (separators included).
+    tile
+        ``(row, column)`` of this tile in its picture's raster of tiles, where a picture is encoded in several; tiles
+        of a picture share ``image``.
+    thumbnail
+        Whether this is the small version of the whole picture that accompanies its tiles.
     """
 
     image: int
     positions: Tensor
     grid: tuple[int, int] | None
     stop: int
+    tile: tuple[int, int] | None = None
+    thumbnail: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,15 @@ class TokenLayout:
         Per row: its images from left to right.
     length
         Columns so far: P plus the generated ones.
+    question
+        ``[B, P]`` bool, the user's own words without the chat template around them; ``None`` when the processor is not
+        known.
     """
 
     prompt_roles: Tensor
     images: tuple[tuple[ImageSpan, ...], ...]
     length: int
+    question: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -87,6 +98,11 @@ class TokenLayout:
         return self.roles != Role.PAD
 
     @cached_property
+    def image_mask(self) -> Tensor:
+        """``[B, L]`` True at image tokens."""
+        return self.roles == Role.IMAGE
+
+    @cached_property
     def after_image(self) -> Tensor:
         """``[B]`` first column after the row's last image token; the first text column when it has no image."""
         first = (self.prompt_roles != Role.PAD).int().argmax(1)
@@ -101,7 +117,8 @@ class TokenLayout:
     def repeated(self, factor: int) -> TokenLayout:
         """Return the layout with every row repeated (beams, several sequences per prompt)."""
         images = tuple(spans for spans in self.images for _ in range(factor))
-        return TokenLayout(self.prompt_roles.repeat_interleave(factor, 0), images, self.length)
+        question = None if self.question is None else self.question.repeat_interleave(factor, 0)
+        return TokenLayout(self.prompt_roles.repeat_interleave(factor, 0), images, self.length, question)
 
     def text_queries(self, row: int, span: ImageSpan) -> Tensor:
         """Return the prompt columns of a row that follow an image and are not image tokens themselves, ``[n]``."""

@@ -85,6 +85,8 @@ class Method:
     tags: ClassVar[Tags]
     version: ClassVar[int] = 1
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    preset_fidelity: ClassVar[Mapping[str, Fidelity]] = {}
+    """Presets whose fidelity differs from the class's."""
 
     def subscriptions(self, model: ModelFacts) -> Sequence[Subscription]:
         """Say where the method acts on a model of this geometry."""
@@ -105,6 +107,21 @@ class Method:
         ConfigError
             If the method needs another model; the message says which. The default accepts every model.
         """
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether these parameters need the gradient of attention rows; what the tags say by default."""
+        return self.tags.gradient
+
+    def ablations(self, telemetry: Mapping[str, float]) -> dict[str, Method]:
+        """Return variants of this method that show which part of it matters; none by default.
+
+        Parameters
+        ----------
+        telemetry
+            What this method counted in a finished run, for variants that must match a measured rate.
+        """
+        return {}
 
     @classmethod
     def identity(cls) -> Self:
@@ -128,6 +145,11 @@ class Method:
         if preset_name not in cls.presets:
             raise UnknownName(f"{cls.name} has no preset {preset_name!r}; it has: {', '.join(cls.presets)}")
         return cls(**{**cls.presets[preset_name], **values})
+
+    @classmethod
+    def fidelity_of(cls, preset_name: str) -> Fidelity:
+        """Return how close a preset is to the source."""
+        return cls.preset_fidelity.get(preset_name, cls.fidelity)
 
     def require_finite(self, *parameters: str) -> None:
         """Raise a `ConfigError` if one of the parameters is infinite or not a number."""

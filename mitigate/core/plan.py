@@ -8,7 +8,7 @@ from typing import Any
 
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Method
-from mitigate.core.points import LAYER_POINTS, ROW_POINTS, Access, Phase, Point, Rows, Subscription
+from mitigate.core.points import DIFFERENTIATES, LAYER_POINTS, ROW_POINTS, Access, Phase, Point, Rows, Subscription
 from mitigate.errors import PluginError, StackConflict, UnsupportedModel
 
 #: Points at most one method of a stack may own.
@@ -23,6 +23,7 @@ SERVED = frozenset(
         Point.HIDDEN_STATES,
         Point.NEXT_TOKEN_LOGITS,
         Point.SELECT_TOKEN,
+        Point.TOKEN_CHOSEN,
         Point.SAMPLE_BEGIN,
         Point.PREFILL_END,
         Point.STEP_BEGIN,
@@ -97,10 +98,15 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
     if point not in declared:
         kind = "writes" if subscription.access is Access.WRITE else "reads"
         raise PluginError(f"{key} {kind} {point.value} but its tags do not say so: add it to tags.{kind}")
-    if subscription.access is Access.GRADIENT and not method.tags.gradient:
+    access = subscription.access
+    if access is Access.GRADIENT and not method.needs_gradient:
         raise PluginError(f"{key} asks for gradients but its tags do not say so: set tags.gradient")
-    if subscription.access is Access.GRADIENT and (point, subscription.rows) != (Point.ATTENTION_PROBS, Rows.LAST):
-        raise PluginError(f"{key}: access 'gradient' is for {Point.ATTENTION_PROBS.value} with rows 'last' only")
+    if access in DIFFERENTIATES and (point, subscription.rows) != (Point.ATTENTION_PROBS, Rows.LAST):
+        raise PluginError(f"{key}: access '{access.value}' is for {Point.ATTENTION_PROBS.value} with rows 'last' only")
+    if access is Access.OBSERVE and point is not Point.ATTENTION_PROBS:
+        raise PluginError(f"{key}: access 'observe' is for {Point.ATTENTION_PROBS.value} only; read there instead")
+    if access is Access.WRITE and point is Point.TOKEN_CHOSEN:
+        raise PluginError(f"{key} cannot write {point.value}: the token is chosen; use {Point.SELECT_TOKEN.value}")
     if point is Point.SELECT_TOKEN and not method.tags.selects_token:
         raise PluginError(f"{key} selects tokens but its tags do not say so: set tags.selects_token")
     if (point in LAYER_POINTS) != bool(subscription.layers):

@@ -7,7 +7,7 @@ Positions are columns of the left-padded sequence, so a key index of the cache i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
@@ -40,6 +40,7 @@ class Point(StrEnum):
     PREFILL_END = "prefill_end"
     STEP_END = "step_end"
     SELECT_TOKEN = "select_token"
+    TOKEN_CHOSEN = "token_chosen"
     DRIVE_DECODING = "drive_decoding"
     SAMPLE_END = "sample_end"
 
@@ -68,14 +69,22 @@ class Rows(StrEnum):
 class Access(StrEnum):
     """What a subscription does with the value.
 
-    ``gradient`` reads attention weights together with d(scalar)/d(weights); it sees what all writers of the layer left,
-    whatever its place in the stack.
+    The last three read attention weights as all writers of the layer left them, whatever their place in the stack:
+    ``observe`` reads only; ``gradient`` has d(scalar)/d(weights) too; ``direct`` approximates it without a graph, along
+    the direct path from the head's output through the frozen final norm to the logits.
     """
 
     READ = "read"
     WRITE = "write"
+    OBSERVE = "observe"
     GRADIENT = "gradient"
+    DIRECT = "direct"
 
+
+#: Accesses that see a layer's final attention weights.
+FINAL = frozenset({Access.OBSERVE, Access.GRADIENT, Access.DIRECT})
+#: Accesses that can ask for gradients of the logits.
+DIFFERENTIATES = frozenset({Access.GRADIENT, Access.DIRECT})
 
 #: A position set: given the layout, the rows wanted, as a mask ``[B, L]`` over the padded sequence.
 PositionSet: TypeAlias = "Callable[[TokenLayout], Tensor]"
@@ -248,8 +257,8 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectToken(Event):
-    """The moment of choosing the next token.
+class Step(Event):
+    """The end of a step: what the next token is, or was, chosen from.
 
     Parameters
     ----------
@@ -259,16 +268,20 @@ class SelectToken(Event):
         ``[B, V]`` float32 after the caller's logits processors: what plain decoding would choose from.
     active
         ``[B]`` True for samples that are still being generated.
+    differentiates
+        Layers whose attention gradients the method asked for, and how.
     """
 
     logits: Tensor
     scores: Tensor
     active: Tensor
+    differentiates: Mapping[int, Access]
 
     def attention_gradients(self, cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Gradient of ``(cotangent * logits).sum()`` with respect to the predictor row's attention weights.
 
-        Every sample's row depends on its own logits only, so one call serves a whole batch.
+        Every sample's row depends on its own logits only, so one call serves a whole batch. With access ``direct``
+        the gradient is approximated (`Access`).
 
         Parameters
         ----------
@@ -279,6 +292,24 @@ class SelectToken(Event):
         -------
         dict
             Layer -> ``(A, dA)``, each ``[B, H, K]``, for the layers the method subscribed to with
-            ``access="gradient"``.
+            ``access="gradient"`` or ``"direct"``.
         """
-        return self.request.attention_gradients(self, cotangent)
+        return self.request.attention_gradients(self.differentiates, cotangent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectToken(Step):
+    """The moment of choosing the next token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChosen(Step):
+    """The next token is chosen; the step's graph is still there.
+
+    Parameters
+    ----------
+    tokens
+        ``[B]``; the padding token where a sample has finished.
+    """
+
+    tokens: Tensor

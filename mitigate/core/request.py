@@ -3,77 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mitigate.core.frame import Frame
 from mitigate.core.layout import TokenLayout
-from mitigate.core.points import Phase
-from mitigate.core.state import MethodState
+from mitigate.core.points import Access, Phase
+from mitigate.core.replay import Replay, replay
+from mitigate.core.state import MethodState, Trace
 from mitigate.errors import HookError
 
 if TYPE_CHECKING:
     from mitigate.core.bus import HookBus
-    from mitigate.core.points import Event
-
-
-@dataclass(frozen=True)
-class RowSelection:
-    """The query rows of one forward that a subscription asked for.
-
-    Parameters
-    ----------
-    local
-        ``[R]`` indices into the Q rows of the forward, ascending.
-    mask
-        ``[B, R]`` False where a sample has finished or did not ask for the row.
-    full
-        Whether the mask is True everywhere.
-    """
-
-    local: Tensor
-    mask: Tensor
-    full: bool
-
-
-@dataclass
-class Frame:
-    """One forward pass of the model as the bus sees it.
-
-    Parameters
-    ----------
-    start, stop
-        Columns of the sequence this forward computes (``stop`` is the number of keys).
-    owner
-        Key of the only method served (diagnostic passes), or ``None`` for all.
-    gradient
-        Whether attention weights get a graph in this forward.
-    """
-
-    phase: Phase
-    step: int
-    start: int
-    stop: int
-    branch: str = "main"
-    owner: str | None = None
-    gradient: bool = False
-    selections: dict[Any, RowSelection | None] = field(default_factory=dict)
-    tape: dict[int, Tensor] = field(default_factory=dict)
-    _positions: tuple[Tensor, Tensor] | None = None
-
-    def positions(self, local: Tensor) -> Tensor:
-        """Columns of local rows; the same tensor object for the same rows, so that methods can cache by it."""
-        known = self._positions
-        if known is None or known[0] is not local:
-            known = self._positions = (local, local + self.start)
-        return known[1]
-
-    def event(self, request: Request) -> dict[str, Any]:
-        """Return what every event of this forward says, as keyword arguments."""
-        return {"phase": self.phase, "step": self.step, "branch": self.branch, "request": request}
+    from mitigate.core.vocabulary import Vocabulary
 
 
 class Request:
@@ -91,6 +36,8 @@ class Request:
         Geometry of the model.
     generating
         Whether ``generate`` drives the request; otherwise single forwards of the user do.
+    traces
+        What the methods reported, if tracing was asked for.
     """
 
     def __init__(
@@ -104,6 +51,8 @@ class Request:
         end_tokens: Iterable[int] = (),
         pad_token: int | None = None,
         generating: bool = False,
+        inputs: Mapping[str, Any] | None = None,
+        trace: bool = False,
     ) -> None:
         self.bus = bus
         self.layout = layout
@@ -120,11 +69,33 @@ class Request:
         self.generating = generating
         self.began = False
         self.cache: Any = None
-        self.states = {key: MethodState(key, layout.rows) for key in bus.methods}
+        self.traces: list[Trace] | None = [] if trace else None
+        self.states = {key: MethodState(key, layout.rows, traces=self.traces) for key in bus.methods}
         self.totals = MethodState("bus", layout.rows)
         self.frame: Frame | None = None
         self.graph_logits: Tensor | None = None
         self._generators: list[torch.Generator] | None = None
+        self._inputs = inputs or {}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Classes of tokens, from the processor the stack was attached with.
+
+        Raises
+        ------
+        ConfigError
+            If it was attached without one.
+        """
+        return self.bus.attachment.vocabulary(self.ids.device)
+
+    def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return a value that requests share while the stack stays attached; least recently used ones are dropped."""
+        return self.bus.attachment.shared(key, compute)
+
+    def image_key(self, image: int) -> str:
+        """Return a hash of an image's pixels as the model gets them (`ImageSpan.image` counts the images)."""
+        pixels = self.bus.adapter.image_pixels(self._inputs, image).detach().cpu().contiguous()
+        return hashlib.sha256(f"{pixels.dtype}{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -183,7 +154,7 @@ class Request:
         self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
         return self.frame
 
-    def diagnose(self, state: MethodState, *, last_layer: int) -> None:
+    def diagnose(self, state: MethodState, *, last_layer: int | None = None) -> None:
         """Run an extra, unedited forward over the whole prompt and call this method's ``diagnostic`` subscriptions.
 
         The pass has no cache, leaves the main one alone, and ends after the last layer that is read.
@@ -193,16 +164,39 @@ class Request:
         state
             The asking method's state.
         last_layer
-            The deepest decoder layer needed.
+            The deepest decoder layer needed; ``None`` runs them all.
         """
         self.bus.diagnose(self, state, last_layer)
 
-    def attention_gradients(self, event: Event, cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """See `SelectToken.attention_gradients`."""
+    def replay(self, state: MethodState, *, rows: int) -> Replay:
+        """Run the last prompt rows before the predicting one again, unedited and with a graph; see `Replay`.
+
+        Parameters
+        ----------
+        state
+            The asking method's state; it needs subscriptions with ``access="gradient"``.
+        rows
+            How many rows, at most; fewer if the prompt has fewer.
+        """
+        return replay(self.bus, self, state, rows)
+
+    def attention_gradients(self, asked: Mapping[int, Access], cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """See `Step.attention_gradients`; ``asked`` holds the layers and how they are differentiated."""
         frame = self.frame
-        if frame is None or self.graph_logits is None or not frame.tape:
-            raise HookError("no gradient graph for this step: subscribe to attention_probs with access='gradient'")
-        layers = sorted(frame.tape)
+        exact = sorted(layer for layer, access in asked.items() if access is Access.GRADIENT)
+        near = sorted(layer for layer, access in asked.items() if access is Access.DIRECT)
+        if frame is None or not asked or (exact and self.graph_logits is None):
+            raise HookError("no gradients in this step: subscribe to attention_probs with access='gradient'")
+        found = self._exact(frame, exact, cotangent) if exact else {}
+        if near and self.bus.direct is not None:
+            rows = {layer: frame.direct[layer] for layer in near}
+            gradients = self.bus.direct.gradients(rows, cotangent)
+            found |= {layer: (rows[layer][0], gradients[layer]) for layer in near}
+        return found
+
+    def _exact(self, frame: Frame, layers: Sequence[int], cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        if self.graph_logits is None:
+            raise HookError("the step's graph is gone")
         rows = [frame.tape[layer] for layer in layers]
         with torch.enable_grad():
             scalar = (cotangent.to(self.graph_logits.dtype) * self.graph_logits).sum()

@@ -57,11 +57,11 @@ class Stack:
     @property
     def needs_gradient(self) -> bool:
         """Whether a method asks for attention gradients."""
-        return any(method.tags.gradient for method in self.methods.values())
+        return any(method.needs_gradient for method in self.methods.values())
 
     @property
     def selects_token(self) -> bool:
-        """Whether a method chooses tokens: such a stack needs ``handle.generate``."""
+        """Whether a method chooses tokens."""
         return any(method.tags.selects_token for method in self.methods.values())
 
     @property
@@ -82,7 +82,7 @@ class Stack:
         model
             A vision-language model of a known family, as transformers loaded it.
         processor
-            Its processor; needed by ``handle.ask`` only.
+            Its processor; needed by ``handle.ask`` and by methods that must know words.
 
         Yields
         ------
@@ -108,7 +108,7 @@ class Stack:
             handle = Handle(self, model, processor)
             undo.callback(setattr, handle, "attached", False)
             if self.methods:
-                handle.bus = HookBus(model, adapter_for(model), self.methods)
+                handle.bus = HookBus(model, adapter_for(model), self.methods, processor)
                 _ATTACHED.add(model)
                 undo.callback(_ATTACHED.discard, model)
                 handle.bus.install(undo)

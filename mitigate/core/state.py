@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,42 @@ from mitigate.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mitigate.core.points import Event
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One thing a method reported.
+
+    Parameters
+    ----------
+    method
+        The method's key in the stack.
+    phase, step, layer
+        Where it happened; ``layer`` is ``None`` outside layers.
+    values
+        Name -> plain Python value; what was a tensor is a list whose first axis is the request row.
+    """
+
+    method: str
+    phase: str
+    step: int
+    layer: int | None
+    values: dict[str, Any]
+
 
 class MethodState(SimpleNamespace):
     """What a method remembers during one request: free attributes, plus counters per request row.
 
-    Attributes are the method's own (``state.history = ...``). A new request starts with a new state.
+    Attributes are the method's own (``state.history = ...``). A new request starts with a new state. ``tracing`` says
+    whether somebody wants to know what the method does step by step.
     """
 
-    def __init__(self, key: str, rows: int) -> None:
+    def __init__(self, key: str, rows: int, *, traces: list[Trace] | None = None) -> None:
         super().__init__()
         self.key = key
+        self.tracing = traces is not None
+        self._traces = traces
         self._rows = rows
         self._counters: dict[str, Tensor] = {}
         self._seconds = 0.0
@@ -33,6 +60,21 @@ class MethodState(SimpleNamespace):
         if known is None or known[0] is not source:
             known = self._shared[name] = (source, compute())
         return known[1]
+
+    def trace(self, event: Event, **values: Any) -> None:
+        """Report what the method decided, if anybody listens (``handle.generate(trace=True)``).
+
+        Parameters
+        ----------
+        event
+            The event being handled.
+        **values
+            Tensors with the request rows first, or plain values.
+        """
+        if self._traces is not None:
+            plain = {name: _plain(value) for name, value in values.items()}
+            layer = getattr(event, "layer", None)
+            self._traces.append(Trace(self.key, event.phase.value, event.step, layer, plain))
 
     def note_change(self, change: Tensor) -> None:
         """Note by how much an edit changed attention rows, ``[B, R]`` (L1); counted at the end of the forward."""
@@ -83,3 +125,7 @@ class MethodState(SimpleNamespace):
     def get(self, attribute: str, default: Any = None) -> Any:
         """Return an attribute, or the default while the method has not set it."""
         return getattr(self, attribute, default)
+
+
+def _plain(value: Any) -> Any:
+    return value.detach().cpu().tolist() if isinstance(value, torch.Tensor) else value

@@ -22,6 +22,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from mitigate.core.choosing import select_token, tell_chosen
 from mitigate.errors import ConfigError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -121,9 +122,10 @@ def decode(
         if generation_config.output_logits:
             kept_logits.append(logits)
         tokens = _choose(bus, logits, scores, bool(generation_config.do_sample))
-        _forget_graph(outputs, bus)
         if ends:
             tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
+        tell_chosen(bus, logits, scores, tokens)
+        _forget_graph(outputs, bus)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         if token_streamer is not None:
             token_streamer.put(tokens.cpu())
@@ -187,7 +189,7 @@ def _usable(value: Tensor) -> Tensor:
 
 def _choose(bus: HookBus, logits: Tensor, scores: Tensor, do_sample: bool) -> Tensor:
     """Let the stack select; fall back to the caller's way of decoding, ``[B]``."""
-    selection = bus.select_token(logits, scores)
+    selection = select_token(bus, logits, scores)
     if selection is not None and bool(selection.chosen.all()):
         return selection.token.to(scores.device)
     plain = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if do_sample else scores.argmax(-1)

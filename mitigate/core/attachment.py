@@ -1,0 +1,119 @@
+"""What lasts as long as a stack stays attached: the processor, what follows from it, and a bounded shared memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mitigate.core.layout import Role, TokenLayout
+from mitigate.core.vocabulary import Vocabulary
+from mitigate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+#: Entries of the shared memory; what was used least recently is dropped.
+CAPACITY = 256
+#: Stands in for a user's words when the chat template is taken apart.
+_ANY_WORDS = "one two three"
+
+
+class Attachment:
+    """The processor a stack was attached with, and memory across requests.
+
+    Parameters
+    ----------
+    model
+        The whole vision-language model.
+    processor
+        Its processor, or ``None``.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
+        self._model, self._processor = model, processor
+        self._memory: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """See `Request.shared`."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        self._memory.move_to_end(key)
+        while len(self._memory) > CAPACITY:
+            self._memory.popitem(last=False)
+        return self._memory[key]
+
+    def vocabulary(self, device: torch.device) -> Vocabulary:
+        """See `Request.vocabulary`."""
+        if self._processor is None:
+            raise ConfigError("a method needs to know words; attach with the processor: stack.attach(model, processor)")
+        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        size = self._model.get_output_embeddings().weight.shape[0]
+        vocabulary: Vocabulary = self.shared(
+            ("vocabulary", str(device)), lambda: Vocabulary.of(tokenizer, size, device)
+        )
+        return vocabulary
+
+    def question(self, ids: Tensor, layout: TokenLayout) -> Tensor | None:
+        """Find the user's own words in prompts made with the processor's chat template.
+
+        Parameters
+        ----------
+        ids
+            ``[B, P]`` prompts with one turn of the user, pictures first.
+        layout
+            Their layout.
+
+        Returns
+        -------
+        Tensor or None
+            ``[B, P]`` bool; ``None`` if the processor or its template is not known, or a prompt with a picture does not
+            follow the template.
+        """
+        affixes: tuple[list[int], list[int]] | None = self.shared("template", self._affixes)
+        if affixes is None:
+            return None
+        head, tail = (torch.tensor(part, device=ids.device, dtype=ids.dtype) for part in affixes)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        inside = torch.zeros_like(layout.prompt_roles, dtype=torch.bool)
+        for row, start in enumerate(layout.after_image.tolist()):
+            if not layout.images[row]:
+                continue
+            first, last = start + len(head), ids.shape[1] - len(tail)
+            if first > last or not torch.equal(ids[row, start:first], head) or not torch.equal(ids[row, last:], tail):
+                return None
+            inside[row] = (columns >= first) & (columns < last) & (layout.prompt_roles[row] != Role.IMAGE)
+        return inside
+
+    def _affixes(self) -> tuple[list[int], list[int]] | None:
+        """Tokens the template puts between a picture and the user's words, and after them."""
+        image = getattr(self._model.config, "image_token_id", None)
+        if image is None or getattr(self._processor, "chat_template", None) is None:
+            return None
+        bare, full = (self._after_picture(words, image) for words in ("", _ANY_WORDS))
+        if bare is None or full is None:
+            return None
+        tail = _common(bare[::-1], full[::-1])
+        head = min(_common(bare, full), len(bare) - tail)
+        return full[:head], full[len(full) - tail :]
+
+    def _after_picture(self, words: str, image: int) -> list[int] | None:
+        content = [{"type": "image"}, {"type": "text", "text": words}]
+        message = [{"role": "user", "content": content}]
+        text = self._processor.apply_chat_template(message, add_generation_prompt=True)  # type: ignore[union-attr]
+        tokens: list[int] = self._processor.tokenizer(text)["input_ids"]  # type: ignore[union-attr]
+        places = [place for place, token in enumerate(tokens) if token == image]
+        return tokens[places[-1] + 1 :] if places else None
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -1,0 +1,97 @@
+"""The direct path from attention to the logits: gradients of attention rows without a graph.
+
+Everything between a head's output and the logits is held fixed except the residual stream: the output projection, the
+final norm with its scale frozen, and the unembedding. What later blocks make of the head's output is left out, so this
+approximates the exact gradient; it costs two matrix-vector products per step and layer, and no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mitigate.errors import HookError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mitigate.adapters.base import Adapter
+
+
+class DirectPath:
+    """Linear maps above attention, read off a model once.
+
+    Parameters
+    ----------
+    model
+        The whole vision-language model.
+    adapter
+        Knows its parts.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
+        self._projections = [adapter.output_projection(layer) for layer in adapter.decoder_layers(model)]
+        self._unembedding: nn.Module = model.get_output_embeddings()
+        self._norm = adapter.final_norm(model)
+        self._dense: dict[int, Tensor] = {}
+        self._normed: tuple[Tensor, Tensor] | None = None
+
+    def install(self, undo: ExitStack) -> None:
+        """Watch the final norm, whose scale is frozen at its value in the running step."""
+        undo.callback(self._norm.register_forward_hook(self._after_norm).remove)
+
+    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._normed = (args[0][:, -1].detach(), output[:, -1].detach())
+
+    def gradients(self, rows: Mapping[int, tuple[Tensor, Tensor]], cotangent: Tensor) -> dict[int, Tensor]:
+        """Approximate d(cotangent . logits) / d(attention weights) of one row.
+
+        Parameters
+        ----------
+        rows
+            Layer -> weights ``[B, H, K]`` and values ``[B, H_kv, K, d]``.
+        cotangent
+            ``[B, V]``.
+
+        Returns
+        -------
+        dict
+            Layer -> ``[B, H, K]``: ``g[h, j] = (J_norm^T U^T c) . W_O[h] v_j``, with ``J_norm`` the diagonal of the
+            norm at a frozen scale.
+        """
+        if self._normed is None:
+            raise HookError("the final norm did not run in this step; the direct path has no scale to freeze")
+        before, after = (part.float() for part in self._normed)
+        unembedding = self._weight(-1, self._unembedding).float()
+        # a norm without shift is x * (weight / scale): its diagonal is output over input, element by element
+        diagonal = after / torch.where(before == 0, torch.ones_like(before), before)
+        direction = (cotangent.float() @ unembedding) * torch.where(before == 0, 0.0, diagonal)
+        found: dict[int, Tensor] = {}
+        for layer, (weights, values) in rows.items():
+            batch, heads, keys = weights.shape
+            groups = values.shape[1]
+            per_head = (direction @ self._weight(layer, self._projections[layer]).float()).view(batch, groups, -1, 1)
+            width = values.shape[-1]
+            per_head = per_head.view(batch, groups, heads // groups, width)
+            found[layer] = (per_head @ values.float().transpose(-1, -2)).reshape(batch, heads, keys)
+        return found
+
+    def _weight(self, place: int, module: nn.Module) -> Tensor:
+        """Return a linear map's matrix ``[out, in]``; a quantised one is applied to the identity once."""
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+            return weight
+        if place not in self._dense:
+            width = getattr(module, "in_features", None)
+            if width is None:
+                raise UnsupportedModel(f"{type(module).__name__} is no linear map; access 'direct' cannot follow it")
+            device = next((part.device for part in (*module.parameters(), *module.buffers())), None)
+            basis = torch.eye(width, device=device, dtype=torch.get_default_dtype())
+            with torch.no_grad():
+                shift = module(torch.zeros_like(basis[:1]))
+                self._dense[place] = (module(basis) - shift).t().contiguous()
+        return self._dense[place]
