@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One extra forward over the columns ``start ...``.
+
+    Parameters
+    ----------
+    start
+        First column.
+    rows
+        ``[B]`` request rows this pass is for: those whose text after the image begins here.
+    logits
+        ``[B, n, V]`` with their graph.
+    tape
+        Layer -> differentiable weights ``[B, H, n, K]``.
+    """
+
+    start: int
+    rows: Tensor
+    logits: Tensor
+    tape: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Replay:
     """Prompt rows with their graph; each row's next token is known.
 
@@ -30,19 +51,20 @@ class Replay:
     columns
         ``[W]`` columns of the rows.
     logits
-        ``[B, W, V]`` float32, detached.
+        ``[B, W, V]`` float32, detached; zeros where not valid.
     targets
         ``[B, W]`` the tokens that follow them in the prompt.
     valid
-        ``[B, W]`` rows that are text after the sample's last image and so are their targets.
+        ``[B, W]`` rows that are text after the sample's last image.
+    passes
+        The forwards that made them.
     """
 
     columns: Tensor
     logits: Tensor
     targets: Tensor
     valid: Tensor
-    graph: Tensor
-    tape: dict[int, Tensor]
+    passes: tuple[Pass, ...]
 
     def gradients(self, index: int, cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Gradient of ``(cotangent * logits[:, index]).sum()`` with respect to that row's own attention weights.
@@ -57,34 +79,64 @@ class Replay:
         Returns
         -------
         dict
-            Layer -> ``(A, dA)``, each ``[B, H, K]`` over the columns up to the last row's.
+            Layer -> ``(A, dA)``, each ``[B, H, K]`` over the columns up to the last row's; zeros where not valid.
         """
-        layers: Sequence[int] = sorted(self.tape)
-        rows = [self.tape[layer] for layer in layers]
-        with torch.enable_grad():
-            scalar = (cotangent.to(self.graph.dtype) * self.graph[:, index]).sum()
-        found = torch.autograd.grad(scalar, rows, retain_graph=True)
-        return {
-            layer: (row.detach()[:, :, index], gradient[:, :, index])
-            for layer, row, gradient in zip(layers, rows, found, strict=True)
-        }
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in self.passes:
+            place = int(self.columns[index]) - part.start
+            if place < 0:
+                continue
+            layers = sorted(part.tape)
+            weights = [part.tape[layer] for layer in layers]
+            with torch.enable_grad():
+                scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place] * part.rows[:, None]).sum()
+            gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
+            mine = part.rows[:, None, None]
+            for layer, weight, gradient in zip(layers, weights, gradients, strict=True):
+                row, slope = weight.detach()[:, :, place] * mine, gradient[:, :, place] * mine
+                before = found.get(layer)
+                found[layer] = (row, slope) if before is None else (before[0] + row, before[1] + slope)
+        return found
 
 
 def replay(bus: HookBus, request: Request, state: MethodState, rows: int) -> Replay:
     """See `Request.replay`.
 
+    Samples whose text after the image begins at another column get a pass of their own: the image's embeddings are no
+    longer there, so no pass may run over its columns.
+
     Raises
     ------
     HookError
-        If the method asked for no gradients.
+        If the method asked for no gradients in the diagnostic phase.
     UnsupportedModel
         If the keys of earlier columns are not kept as they are.
     """
     if not isinstance(request.cache, DynamicCache):
         raise UnsupportedModel(f"prompt rows cannot be run again over a {type(request.cache).__name__}")
-    prompt = request.layout.prompt_length
-    stop = prompt - 1
-    start = max(stop - rows, 1)
+    layout, ids = request.layout, request.ids
+    stop = layout.prompt_length - 1
+    first = max(stop - rows, 1)
+    columns = torch.arange(first, stop, device=ids.device)
+    starts = layout.after_image.clamp_min(first)
+    text = layout.prompt_roles == Role.PROMPT
+    valid = (columns >= starts[:, None]) & text[:, first:stop] & text[:, first + 1 : stop + 1]
+    passes = [
+        _pass(bus, request, state, start, starts == start)
+        for start in sorted(set(starts[valid.any(1)].tolist()))
+        if start < stop
+    ]
+    width = passes[0].logits.shape[-1] if passes else 1
+    logits = torch.zeros(*valid.shape, width, device=ids.device)
+    for part in passes:
+        known = part.logits.detach().float() * part.rows[:, None, None]
+        logits[:, part.start - first :] += known
+    state.count("extra_forwards", 1.0, valid.any(1))
+    return Replay(columns, logits, ids[:, first + 1 : stop + 1], valid, tuple(passes))
+
+
+def _pass(bus: HookBus, request: Request, state: MethodState, start: int, rows: Tensor) -> Pass:
+    stop = request.layout.prompt_length - 1
     cache = DynamicCache()
     for layer, kept in enumerate(request.cache.layers):  # a copy: the main cache must not see this pass
         cache.update(kept.keys[:, :, :start].detach(), kept.values[:, :, :start].detach(), layer)
@@ -104,16 +156,4 @@ def replay(bus: HookBus, request: Request, state: MethodState, rows: int) -> Rep
         output = bus.extra_forward(request, frame, inputs)
     if not frame.tape:
         raise HookError(f"{state.key} differentiates no attention in the diagnostic phase; subscribe to it there")
-    state.count("extra_forwards", 1.0)
-    columns = torch.arange(start, stop, device=request.ids.device)
-    text = (request.layout.prompt_roles == Role.PROMPT) & (
-        torch.arange(prompt, device=request.ids.device) >= request.layout.after_image[:, None]
-    )
-    return Replay(
-        columns=columns,
-        logits=output.logits.detach().float(),
-        targets=request.ids[:, start + 1 : prompt],
-        valid=text[:, start:stop] & text[:, start + 1 : prompt],
-        graph=output.logits,
-        tape=dict(frame.tape),
-    )
+    return Pass(start, rows, output.logits, dict(frame.tape))
