@@ -89,7 +89,7 @@ class Replay:
             layers = sorted(part.tape)
             weights = [part.tape[layer] for layer in layers]
             with torch.enable_grad():
-                scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place] * part.rows[:, None]).sum()
+                scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place]).sum()
             gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
             mine = part.rows[:, None, None]
             for layer, weight, gradient in zip(layers, weights, gradients, strict=True):

@@ -47,6 +47,20 @@ def test_the_users_words_are_found_in_the_template(model, processor, words):
     assert found == prompts
 
 
+def test_words_between_picture_and_question_are_template(model):
+    """A template may say something of its own on both sides of the user's words."""
+    processor = tiny_processor(model.config)
+    processor.chat_template = (
+        "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}USER <image> {% else %}"
+        "question : {{ part['text'] }} . Please answer {% endif %}{% endfor %}ASSISTANT :"
+    )
+    kept = []
+    inputs = adapter_for(model).inputs(model, processor, ["question : dog . Please"], [[picture(model)]])
+    with Stack([on_begin(lambda event: kept.append(event.layout.question))]).attach(model, processor) as handle:
+        handle.generate(**inputs, max_new_tokens=1, pad_token_id=PAD)
+    assert processor.tokenizer.decode(inputs["input_ids"][0][kept[0][0]]) == "question : dog . Please"
+
+
 def test_no_words_without_processor_or_template(model, processor):
     kept = []
     watch = on_begin(lambda event: kept.append(event.layout.question))
@@ -78,8 +92,10 @@ def test_vocabulary_of_a_word_level_tokenizer(model, processor):
 def test_vocabulary_of_sub_word_tokenizers(pieces, starts, content):
     """SentencePiece, byte-level BPE and WordPiece mark the beginnings of words in three ways."""
 
+    pieces = [*pieces, "\u2581stop"]
+
     class Pieces:
-        all_special_ids = ()
+        all_special_ids = (len(pieces) - 1,)
 
         def __len__(self):
             return len(pieces)
