@@ -15,7 +15,7 @@ from mitigate.errors import DataError
 from mitigate.metrics.base import Array, ImageCounts, Interval, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 RESAMPLES = 10_000
 _CELLS_PER_CHUNK = 2_000_000
@@ -115,6 +115,38 @@ def intervals(
         low, high, undefined = _percentiles(draws[metric.name], level)
         result[metric.name] = Interval(value, low, high, undefined)
     return result
+
+
+def bootstrap(
+    images: Sequence[str],
+    statistic: Callable[[Array], Array],
+    n: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    null: float = 0.0,
+    level: float = 0.95,
+) -> Difference:
+    """Return any statistic with its percentile interval and its two-sided p-value against ``null``.
+
+    Parameters
+    ----------
+    images
+        The clusters, one name each.
+    statistic
+        ``[m, len(images)]`` weights (how often each image was drawn) -> ``[m]`` values; NaN where undefined. It is
+        called with all weights 1 for the value itself.
+    n, seed, level
+        As for `intervals`.
+    null
+        The value if there were nothing to find, such as 0.5 for the area under an ROC curve.
+    """
+    _check(n, level)
+    value = float(statistic(np.ones((1, len(images))))[0]) if images else float("nan")
+    if not images:
+        return Difference(value, float("nan"), float("nan"), 1.0)
+    draws = np.concatenate([statistic(weights) for weights in _weights(len(images), n, seed)])
+    low, high, undefined = _percentiles(draws, level)
+    return Difference(value, low, high, undefined, _two_sided(draws - null))
 
 
 def paired_differences(

@@ -29,6 +29,7 @@ ALLOWED = {
     "lightning": (),
     "wandb": ("trackers",),
     "rich": ("cli", "runner", "report", "testbed"),
+    "matplotlib": ("diagnostics",),
     "pytest": (),
 }
 #: Parts of the project a folder must not import.
@@ -54,7 +55,8 @@ FORBIDDEN = {
     "testbed": ("cli", "compose", "methods", "runner"),
     "trackers": ("cli", "compose", "methods", "runner"),
     "report": ("adapters", "cli", "compose", "methods"),
-    "runner": ("cli", "methods"),
+    "runner": ("cli", "diagnostics", "methods"),
+    "diagnostics": ("cli", "methods"),
 }
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SpanKind = Literal["plain", "correct", "hallucinated"]
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom of an object, as fractions of the picture's width and height."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -101,6 +104,13 @@ class Benchmark:
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Cut a reply into spans that show what is right and what is hallucinated."""
         return [Span(text)] if text else []
+
+    def boxes(self, sample: Sample | SampleRecord) -> Mapping[str, Sequence[Box]] | None:
+        """Return where the objects of the (first) picture are, by the lower-case words that name them.
+
+        Absent objects have no entry; ``None`` if the benchmark does not know places.
+        """
+        return None
 
     @property
     def headline(self) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind
+from mitigate.benchmarks.base import Benchmark, Box, Sample, Span, SpanKind
 from mitigate.errors import DataError
 from mitigate.metrics.chair import chair_counts, chair_metrics, mentions
 from mitigate.metrics.pope import PARSERS, SPLITS, parse, pope_counts, pope_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -139,6 +139,14 @@ class Testbed(Benchmark):
             spans += [Span(text[end : mention.start]), Span(text[mention.start : mention.end], kind)]
             end = mention.end
         return [span for span in [*spans, Span(text[end:])] if span.text]
+
+    def boxes(self, sample: Sample | SampleRecord) -> Mapping[str, Sequence[Box]]:
+        """Return the glyph of every thing in the scene."""
+        from mitigate.testbed.draw import box
+        from mitigate.testbed.language import OBJECT_WORDS
+
+        drawn = {thing.name: [box(thing)] for thing in _scene(sample.image_id).things}
+        return {word: drawn[name] for word, name in OBJECT_WORDS.items() if name in drawn}
 
 
 def _questions(scene: Scene) -> list[Sample]:

@@ -163,11 +163,22 @@ def _paint(picture: NDArray[np.float32], thing: Thing, background: int) -> None:
         width = max(1, thing.size // 4)
         start = (thing.dx + thing.dy + thing.size) % (thing.size - width)
         mask[:, start : start + width] = 0.0
-    top = round(thing.row * PICTURE_SIZE / 3) + thing.dy
-    left = round(thing.col * PICTURE_SIZE / 3) + thing.dx
+    left, top = _corner(thing)
     area = picture[top : top + thing.size, left : left + thing.size]
     mask = mask[: area.shape[0], : area.shape[1], None] * np.float32(thing.contrast)
     area += mask * (np.asarray(COLORS[thing.color], dtype=np.float32) - area)
+
+
+def _corner(thing: Thing) -> tuple[int, int]:
+    """Left and top pixel of an object."""
+    return round(thing.col * PICTURE_SIZE / 3) + thing.dx, round(thing.row * PICTURE_SIZE / 3) + thing.dy
+
+
+def box(thing: Thing) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of an object, as fractions of the picture."""
+    left, top = _corner(thing)
+    right, bottom = (min(start + thing.size, PICTURE_SIZE) for start in (left, top))
+    return left / PICTURE_SIZE, top / PICTURE_SIZE, right / PICTURE_SIZE, bottom / PICTURE_SIZE
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
