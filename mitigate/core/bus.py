@@ -236,6 +236,7 @@ class HookBus:
                 self._lifecycle(Point.SAMPLE_BEGIN)
             finally:
                 self._prefill_inputs = {}
+                request.forget_inputs()
         self._lifecycle(Point.STEP_BEGIN)
 
     def _refuse_inputs(self, inputs: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Request:
         self.frame: Frame | None = None
         self.graph_logits: Tensor | None = None
         self._generators: list[torch.Generator] | None = None
-        self._inputs = inputs or {}
+        self._inputs: Mapping[str, Any] | None = inputs or {}
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -93,9 +93,21 @@ class Request:
         return self.bus.attachment.shared(key, compute)
 
     def image_key(self, image: int) -> str:
-        """Return a hash of an image's pixels as the model gets them (`ImageSpan.image` counts the images)."""
+        """Return a hash of an image's pixels as the model gets them (`ImageSpan.image` counts the images).
+
+        Raises
+        ------
+        HookError
+            After ``sample_begin``: pixels are not kept any longer than needed.
+        """
+        if self._inputs is None:
+            raise HookError("image_key is known at sample_begin only; keep it on the state")
         pixels = self.bus.adapter.image_pixels(self._inputs, image).detach().cpu().contiguous()
         return hashlib.sha256(f"{pixels.dtype}{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
+
+    def forget_inputs(self) -> None:
+        """Let go of the pixels."""
+        self._inputs = None
 
     @property
     def generators(self) -> list[torch.Generator]:

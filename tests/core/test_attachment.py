@@ -12,7 +12,7 @@ from mitigate.core import Point, Subscription
 from mitigate.core.attachment import CAPACITY, Attachment
 from mitigate.core.stack import Stack
 from mitigate.core.vocabulary import Vocabulary
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, HookError
 from tests.core.test_choosing import Watch
 from tests.references.tiny import PAD, make_inputs, tiny_processor
 
@@ -147,6 +147,13 @@ def test_images_are_told_apart_by_their_pixels(model):
         handle.generate(**inputs, max_new_tokens=1, pad_token_id=PAD)
     first, second, third = keys[0]
     assert first == third != second
+
+
+def test_pixels_are_not_kept(model):
+    late = Watch(wishes=(Subscription(point=Point.STEP_END),), function=lambda event, state: event.request.image_key(0))
+    inputs = make_inputs(model, [(3, 1, 4)])
+    with Stack([late]).attach(model) as handle, pytest.raises(HookError, match="sample_begin"):
+        handle.generate(**inputs, max_new_tokens=1, pad_token_id=PAD)
 
 
 def test_tiles_of_a_picture_share_its_number(model, monkeypatch):
