@@ -81,10 +81,16 @@ def _about_method(plugin: type[Method]) -> dict[str, Any]:
         "summary": plugin.summary,
         "paper": None if paper is None else vars(paper),
         "fidelity": plugin.fidelity.value,
+        "preset_fidelity": {preset: fidelity_of(plugin, preset) for preset in plugin.presets},
         "version": plugin.version,
         "tags": {name: plain(value) for name, value in vars(plugin.tags).items()},
         "presets": plain(plugin.presets),
     }
+
+
+def fidelity_of(plugin: type[Method], preset: str) -> str:
+    """Return how close a preset of a method is to its source: the class's word unless the preset has its own."""
+    return str(plugin.preset_fidelity.get(preset, plugin.fidelity).value)
 
 
 def _about_model(name: str, hydra: Session) -> dict[str, Any]:
@@ -135,9 +141,16 @@ def _method_table(rows: list[dict[str, Any]]) -> Table:
             continue
         points = dict.fromkeys([*row["tags"]["reads"], *row["tags"]["writes"]])
         paper = f"arXiv {row['paper']['arxiv']}" if row["paper"] else ""
-        cells = (row["name"], row["summary"], paper, row["fidelity"], ", ".join(points), extra_passes(row["tags"]))
+        passes = extra_passes(row["tags"])
+        cells = (row["name"], row["summary"], paper, _fidelity_text(row), ", ".join(points), passes)
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _fidelity_text(row: dict[str, Any]) -> str:
+    """Write a method's fidelity, and below it the presets that have another."""
+    others = {preset: word for preset, word in row["preset_fidelity"].items() if word != row["fidelity"]}
+    return "\n".join([row["fidelity"], *(f"{preset}: {word}" for preset, word in others.items())])
 
 
 def _benchmark_table(rows: list[dict[str, Any]]) -> Table:

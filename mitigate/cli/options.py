@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,14 +86,15 @@ Usage: mitigate compare [-m] [--cfg job] [KEY=VALUE ...]
 
 Run several stacks on the same samples and compare each to `none`, paired by picture, with 95 % intervals:
 one table, comparison.json, report.html, one W&B run per stack in one group. Finished stacks are not run again.
-  stacks=[none,NAME,NAME+NAME]   presets (below) or methods joined by + in the order they act
+  stacks=[none,NAME,NAME+NAME]   presets (below) or methods joined by + in the order they act; also stack=[...]
 Values of a method (methods.NAME.KEY=VALUE) go to the stacks that have the method.
 """,
     "plan": """\
 Usage: mitigate plan [--json] [KEY=VALUE ...]
 
-Print what the composed stack would do, without loading a model: the points it acts on, layers, order, costs, and
-every value with where it came from. Takes what `mitigate run` takes; with stacks=[...], plans each of them.
+Print what the composed stack would do, without loading a model: the points it acts on, layers, order, costs, how
+close each method's preset is to its paper, and every value with where it came from. Takes what `mitigate run` takes,
+also for models that cannot be run yet; with stacks=[...], plans each of them.
 """,
 }
 
@@ -133,9 +135,9 @@ def help_text(command: str) -> str:
                 shown = f"{group}="
                 if group == "methods":
                     shown = "(methods)" if command == "compare" else "methods=[...]"
-                lines.append(f"  {shown:<15} {', '.join(hydra.options(group)) or 'none'}")
+                lines.append(_names(shown, hydra.options(group)))
         if command == "compare":
-            lines.append(f"  {'stacks=[...]':<15} {', '.join(hydra.options('stack'))}, or methods joined by +")
+            lines.append(_names("stacks=[...]", [*hydra.options("stack"), "or methods joined by +"]))
     lines.append("\nKeys (KEY=VALUE)")
     for section, schema in SECTIONS.items():
         hints = typing.get_type_hints(schema)
@@ -146,6 +148,18 @@ def help_text(command: str) -> str:
     lines += [_key(key.name, type_name(hints[key.name]), _default(key)) for key in plain]
     lines.append(_key("benchmark.KEY", "", "parameters of the benchmark, such as benchmark.limit=50"))
     return "\n".join(lines) + "\n" + ("" if command == "compare" else _METHOD_TEXT) + _RANK_TEXT
+
+
+def _names(shown: str, names: Sequence[str]) -> str:
+    """Write a group and its options, folded to the width of the help."""
+    return textwrap.fill(
+        ", ".join(names) or "none",
+        width=118,
+        initial_indent=f"  {shown:<15} ",
+        subsequent_indent=" " * 18,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _key(key: str, kind: str, text: str) -> str:

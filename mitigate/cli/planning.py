@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mitigate.cli.listing import extra_passes
+from mitigate.cli.listing import extra_passes, fidelity_of
 from mitigate.cli.options import help_text, read_options
 from mitigate.compose import compose_comparison, compose_run
 from mitigate.compose.session import flatten
@@ -19,6 +19,7 @@ from mitigate.core.points import Point
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
+    from mitigate.core.method import Method
 
 #: Points that come in one phase, or between phases, whatever the subscription says.
 _PHASES: dict[str, str] = {
@@ -35,7 +36,7 @@ def plan(arguments: Sequence[str], console: Console) -> int:
     if options.help:
         console.print(help_text("plan"), end="", markup=False, highlight=False, soft_wrap=True)
         return 0
-    several = any(override.startswith("stacks=") for override in options.overrides)
+    several = any(override.startswith(("stacks=", "stack=[")) for override in options.overrides)
     runs = compose_comparison(options.overrides) if several else [compose_run(options.overrides)]
     if options.json:
         plans = [_as_json(run) for run in runs]
@@ -51,6 +52,7 @@ def _as_json(run: ResolvedRun) -> dict[str, Any]:
     return {
         "stack": run.stack_name,
         "run_name": run.run_name,
+        "fidelity": {key: fidelity_of(type(method), _preset(run, key)) for key, method in run.methods.items()},
         "facts": None if run.facts is None else vars(run.facts),
         "points": [] if run.facts is None else [vars(line) for line in plan_stack(run.methods, run.facts)],
         "config": run.config,
@@ -68,8 +70,10 @@ def _print(run: ResolvedRun, console: Console) -> None:
     _say(console, f"Order      {' → '.join(run.methods) or 'no methods: plain generation'}")
     _say(console, f"Benchmark  {run.config['benchmark']['name']}")
     for key, method in run.methods.items():
+        _say(console, f"Fidelity   {key}: {_fidelity(run, key, method)}")
+    for key, method in run.methods.items():
         notes = [f"extra passes: {extra_passes(method.tags)}"]
-        notes += ["needs gradients"] if method.tags.gradient else []
+        notes += ["needs gradients"] if method.needs_gradient else []
         notes += ["draws random numbers"] if method.tags.stochastic else []
         notes += ["one sample at a time"] if not method.tags.batch else []
         _say(console, f"Cost       {key}: {', '.join(notes)}")
@@ -83,6 +87,21 @@ def _print(run: ResolvedRun, console: Console) -> None:
     elif facts is not None and run.methods:
         console.print(_points(run))
     console.print(_values(run))
+
+
+def _preset(run: ResolvedRun, key: str) -> str:
+    return str(run.config["methods"][key]["preset"])
+
+
+def _fidelity(run: ResolvedRun, key: str, method: Method) -> str:
+    """Write the fidelity of a method's preset, and which of its values somebody set to something else."""
+    preset, prefix = _preset(run, key), f"methods.{key}."
+    changed: dict[str, list[str]] = {}
+    for name, source in run.provenance.items():
+        if name.startswith(prefix) and name != f"{prefix}preset" and source not in ("default", f"preset {preset}"):
+            changed.setdefault(source, []).append(name.removeprefix(prefix))
+    parts = [f"{fidelity_of(type(method), preset)} (preset {preset})"]
+    return "; ".join([*parts, *(f"from {source}: {', '.join(names)}" for source, names in changed.items())])
 
 
 def _points(run: ResolvedRun) -> Table:

@@ -86,15 +86,20 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
 
 def _check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
-    """Refuse all jobs if one of them asks for a device that is not there, or its folder holds another run.
+    """Refuse all jobs if one of them asks for a model or device that cannot be had, or its folder holds another run.
 
     Raises
     ------
     ConfigError
         Naming the first culprit.
+    UnsupportedModel
+        If no adapter serves the family of a job's model.
     """
+    from mitigate.compose.checks import check_family
     from mitigate.runner.identity import check_same_run
 
+    for run, _ in jobs:
+        check_family(run.config, run.facts)
     for accelerator in dict.fromkeys(str(run.config["trainer"]["accelerator"]) for run, _ in jobs):
         check_accelerator(accelerator, "trainer.accelerator")
     for number, (run, folder) in enumerate(jobs):

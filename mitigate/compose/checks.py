@@ -8,8 +8,8 @@ from typing import Any
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Method
 from mitigate.core.plan import plan_stack
-from mitigate.errors import ConfigError, StackConflict
-from mitigate.registry import suggestion, trackers
+from mitigate.errors import ConfigError, StackConflict, UnsupportedModel
+from mitigate.registry import adapters, suggestion, trackers
 
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Lightning's names for what this project runs on; whether the machine has it is seen when a run starts.
@@ -85,6 +85,30 @@ def _check_tracker(tracker: Mapping[str, Any]) -> None:
 
 def _is_folder_name(name: str) -> bool:
     return bool(name.strip()) and "/" not in name and "\\" not in name and not name.startswith(".")
+
+
+def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
+    """Refuse to run a model of a family nobody brings an adapter for; planning one needs none.
+
+    Parameters
+    ----------
+    config
+        The complete configuration.
+    facts
+        The model's geometry; without it, and without ``model.family``, the family is seen when the model is loaded.
+
+    Raises
+    ------
+    UnsupportedModel
+        Naming the families that are served.
+    """
+    family = config["model"]["family"] if facts is None else facts.family
+    served = adapters().names()
+    if family is not None and family not in served:
+        raise UnsupportedModel(
+            f"model={config['model']['name']} is of family {family}, which cannot be run yet (`mitigate plan` works); "
+            f"served: {', '.join(served)}. An outside package can bring an adapter (entry-point group mitigate.models)"
+        )
 
 
 def check_stack(methods: Mapping[str, Method], facts: ModelFacts | None, config: Mapping[str, Any]) -> None:

@@ -89,6 +89,8 @@ def _check_group(session: Session, override: Override) -> None:
         options = session.options(group)
         if not isinstance(value, (list, dict)) and str(value) in options:
             return
+        if group == "stack" and isinstance(value, list):
+            raise ConfigError(f"{text}: a run has one stack; `mitigate compare` takes a list of them")
         raise ConfigError(f"{text}: {group} takes one name; known: {', '.join(options)}")
     elif group == "benchmark":
         benchmarks().get(value)

@@ -55,8 +55,8 @@ def compose_comparison(overrides: Sequence[str] = (), notes: list[str] | None = 
     Parameters
     ----------
     overrides
-        As for `compose_run`; ``stacks=[none,a,a+b]`` names presets or methods joined by ``+``. A value of a method goes
-        to the stacks that select the method.
+        As for `compose_run`; ``stacks=[none,a,a+b]`` (or ``stack=[...]``) names presets or methods joined by ``+``. A
+        value of a method goes to the stacks that select the method.
     notes
         Receives a sentence for everything done that was not asked for.
     """
@@ -216,7 +216,7 @@ def _missing_or_interpolation(error: OmegaConfBaseException) -> str:
 
 
 def _comparison(hydra: Session, tokens: Sequence[str], notes: list[str]) -> list[ResolvedRun]:
-    parsed = parse_checked(hydra, tokens)
+    parsed = parse_checked(hydra, _plural(hydra, tokens))
     shared: list[Override] = []
     for override in parsed:
         key = override.key_or_group
@@ -252,6 +252,26 @@ def _comparison(hydra: Session, tokens: Sequence[str], notes: list[str]) -> list
         mine = [item for item in shared if not _is_foreign(item, keys[stack])]
         runs.append(_resolve(hydra, [*mine, *choice]))
     return runs
+
+
+def _plural(hydra: Session, tokens: Sequence[str]) -> list[str]:
+    """Return the overrides with ``stack=[...]`` written as ``stacks=[...]``: a comparison takes both.
+
+    Raises
+    ------
+    ConfigError
+        If the stacks are given twice.
+    """
+    parsed = hydra.parse(tokens)
+    listed = [item for item in parsed if item.key_or_group == "stack" and isinstance(item.value(), list)]
+    given = [*listed, *(item for item in parsed if item.key_or_group == "stacks")]
+    if len(given) > 1:
+        both = " and ".join(str(item.input_line) for item in parsed if item in given)
+        raise ConfigError(f"{both}: a comparison takes one list of stacks; drop one of the two")
+    return [
+        str(item.input_line).replace("stack=", "stacks=", 1) if item in listed else str(item.input_line)
+        for item in parsed
+    ]
 
 
 def _is_foreign(override: Override, selected: Sequence[str]) -> bool:
