@@ -307,14 +307,14 @@ class HookBus:
         layout = dataclasses.replace(layout, question=self.attachment.question(ids, layout))
         return Request(self, layout, ids, inputs=inputs, **options)
 
-    def diagnose(self, request: Request, state: MethodState, last_layer: int | None) -> None:
+    def diagnose(self, request: Request, state: MethodState, last_layer: int | None, where: Tensor | None) -> None:
         """See `Request.diagnose`."""
         inputs = self.adapter.whole_prompt(self._prefill_inputs, request)
         frame = Frame(phase=Phase.DIAGNOSTIC, step=0, start=0, stop=request.layout.prompt_length, owner=state.key)
         stop = nullcontext() if last_layer is None else self._layers[last_layer].register_forward_hook(_enough)
         with stop, suppress(_Enough), torch.no_grad():
             self.extra_forward(request, frame, inputs)
-        state.count("extra_forwards", 1.0)
+        state.count("extra_forwards", 1.0, where)
 
     def extra_forward(self, request: Request, frame: Frame, inputs: Mapping[str, Any]) -> Any:
         """Run the model once more inside a request, serving only the frame's owner."""

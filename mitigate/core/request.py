@@ -166,7 +166,7 @@ class Request:
         self.frame = Frame(phase=phase, step=max(stop - prompt, 0), start=start, stop=stop)
         return self.frame
 
-    def diagnose(self, state: MethodState, *, last_layer: int | None = None) -> None:
+    def diagnose(self, state: MethodState, *, last_layer: int | None = None, where: Tensor | None = None) -> None:
         """Run an extra, unedited forward over the whole prompt and call this method's ``diagnostic`` subscriptions.
 
         The pass has no cache, leaves the main one alone, and ends after the last layer that is read.
@@ -177,8 +177,10 @@ class Request:
             The asking method's state.
         last_layer
             The deepest decoder layer needed; ``None`` runs them all.
+        where
+            ``[B]`` the samples the pass is for, which pay for it in the counters; all by default.
         """
-        self.bus.diagnose(self, state, last_layer)
+        self.bus.diagnose(self, state, last_layer, where)
 
     def replay(self, state: MethodState, *, rows: int) -> Replay:
         """Run the last prompt rows before the predicting one again, unedited and with a graph; see `Replay`.
