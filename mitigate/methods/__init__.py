@@ -4,6 +4,7 @@ BUILTIN = {
     "locore": "mitigate.methods.locore:LocoRE",
     "scr": "mitigate.methods.scr:SCR",
     "sgrs": "mitigate.methods.sgrs:SGRS",
+    "clva": "mitigate.methods.clva:CLVA",
     "control_probe": "mitigate.methods.control_probe:ControlProbe",
     "control_random": "mitigate.methods.control_random:ControlRandom",
 }
