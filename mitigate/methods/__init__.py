@@ -5,6 +5,7 @@ BUILTIN = {
     "scr": "mitigate.methods.scr:SCR",
     "sgrs": "mitigate.methods.sgrs:SGRS",
     "clva": "mitigate.methods.clva:CLVA",
+    "dleaf": "mitigate.methods.dleaf:DLEAF",
     "control_probe": "mitigate.methods.control_probe:ControlProbe",
     "control_random": "mitigate.methods.control_random:ControlRandom",
 }
