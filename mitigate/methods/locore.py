@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -43,7 +44,7 @@ class LocoRE(Method):
     Parameters
     ----------
     beta
-        Gain minus one. Paper: 0.15 (LLaVA-1.5-7B), 0.20 (Qwen2-VL-7B). Negative values weaken (decay experiments).
+        Gain minus one. Paper: 0.15 (LLaVA-1.5-7B), 0.20 (Qwen2-VL-7B). Negative values weaken.
     window
         Keys before the predicting row that are strengthened. Not in the paper.
     layers
@@ -57,6 +58,8 @@ class LocoRE(Method):
         or ``generated``.
     include_self
         Whether the predicting row's own key is strengthened. The paper's inequality excludes it.
+    decay_r
+        Below 1: the gain itself, in place of ``1 + beta``, to weaken the window (saliency-decay experiment). 1 is off.
 
     Examples
     --------
@@ -74,8 +77,12 @@ class LocoRE(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "lineage": {"mode": "logit_scale", "layers": "9-14"},
+        "logit_bias": {"mode": "logit_bias"},
         "efficient": {"mode": "logit_bias"},
     }
+    preset_fidelity: ClassVar[dict[str, Fidelity]] = dict.fromkeys(
+        ("lineage", "logit_bias", "efficient"), Fidelity.RECONSTRUCTED
+    )
 
     beta: float = 0.15
     window: int = 5
@@ -83,10 +90,12 @@ class LocoRE(Method):
     mode: str = "post_raw"
     history_start: str = "after_image"
     include_self: bool = False
+    decay_r: float = 1.0
 
     def __post_init__(self) -> None:
         self.require_finite("beta")
         self.require(self.beta > -1.0, "beta", "be above -1 (the gain 1 + beta must be positive)")
+        self.require(0.0 < self.decay_r <= 1.0, "decay_r", "be above 0 and at most 1 (1: beta counts)")
         self.require(self.window >= 1, "window", "be at least 1")
         self.require_option("mode", ("post_raw", "post_renorm", *_SCORE_MODES))
         self.require_option("history_start", ("after_image", "generated"))
@@ -98,29 +107,40 @@ class LocoRE(Method):
         where = f"{self.window} keys before the row"
         return [Subscription(point=point, access=Access.WRITE, layers=layers, rows=Rows.PREDICTORS, where=where)]
 
+    @property
+    def _beta(self) -> float:
+        return self.beta if self.decay_r == 1.0 else self.decay_r - 1.0
+
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> Tensor | None:
         """A[q*, j] <- A[q*, j] * gamma_j (Algorithm 2)."""
-        if self.beta == 0.0:
-            return None
-        gain: Tensor = state.once("gain", event.rows, lambda: self._gain(event))
-        gained = event.probs * gain
-        return gained if self.mode == "post_raw" else gained / gained.sum(-1, keepdim=True)
+        gained = None
+        if self._beta != 0.0:
+            gained = event.probs * state.once("gain", event.rows, lambda: self._gain(event))
+            gained = gained if self.mode == "post_raw" else gained / gained.sum(-1, keepdim=True)
+        if state.tracing:
+            self._trace(event, state, event.probs, event.probs if gained is None else gained)
+        return gained
 
     def on_attention_scores(self, event: AttentionScores, state: MethodState) -> Tensor | None:
         """Z[q*, j] <- Z[q*, j] + log gamma_j, or times gamma_j in the lineage's reading."""
-        if self.beta == 0.0:
-            return None
-        scores = event.scores
-        moved = (
-            scores * (1.0 + self.beta)
-            if self.mode == "logit_scale"
-            else scores + torch.log1p(scores.new_tensor(self.beta))
-        )
-        return torch.where(state.once("window", event.rows, lambda: self._window(event, scores)), moved, scores)
+        moved, scores = None, event.scores
+        if self._beta != 0.0:
+            moved = scores * (1.0 + self._beta) if self.mode == "logit_scale" else scores + math.log1p(self._beta)
+            moved = torch.where(state.once("window", event.rows, lambda: self._window(event, scores)), moved, scores)
+        if state.tracing:
+            self._trace(event, state, scores.softmax(-1), (scores if moved is None else moved).softmax(-1))
+        return moved
+
+    def _trace(
+        self, event: AttentionProbs | AttentionScores, state: MethodState, before: Tensor, after: Tensor
+    ) -> None:
+        """Report the mass on the window before the edit and of the whole row after it, head mean of the last row."""
+        mass = (before * self._window(event, before)).sum(-1)[:, :, -1].mean(1)
+        state.trace(event, window_mass=mass, row_mass=after.sum(-1)[:, :, -1].mean(1))
 
     def _gain(self, event: AttentionProbs) -> Tensor:
         """gamma_j: 1 + beta within the window, 1 elsewhere, ``[B, 1, R, K]``."""
-        return torch.where(self._window(event, event.probs), event.probs.new_tensor(1.0 + self.beta), 1.0)
+        return torch.where(self._window(event, event.probs), event.probs.new_tensor(1.0 + self._beta), 1.0)
 
     def _window(self, event: AttentionProbs | AttentionScores, matrix: Tensor) -> Tensor:
         """Keys with gamma_j > 1: J = {S0 <= j < q*} within the window, ``[B, 1, R, K]``."""

@@ -34,16 +34,18 @@ def output_start(
     return where[-1] + 1
 
 
-def window_keys(row: int, start: int, window: int) -> list[int]:
-    """Keys j with start <= j < row and row - j <= window (Eq. 8, the query itself excluded)."""
-    return [j for j in range(start, row) if row - j <= window]
+def window_keys(row: int, start: int, window: int, include_self: bool = False) -> list[int]:
+    """Keys j with start <= j < row and row - j <= window (Eq. 8, the query itself excluded unless asked for)."""
+    return [j for j in range(start, row + 1) if row - j <= window and (include_self or j != row)]
 
 
-def gain_matrix(length: int, prompt_len: int, start: int, beta: float, window: int) -> torch.Tensor:
+def gain_matrix(
+    length: int, prompt_len: int, start: int, beta: float, window: int, include_self: bool = False
+) -> torch.Tensor:
     """Gain gamma ``[T, T]`` (Eq. 9): 1 + beta on the window of every predictor row, one elsewhere."""
     gamma = torch.ones(length, length, dtype=torch.float64)
     for row in range(prompt_len - 1, length):
-        for j in window_keys(row, start, window):
+        for j in window_keys(row, start, window, include_self):
             gamma[row, j] = 1 + beta
     return gamma
 
@@ -80,12 +82,18 @@ def edits(
     mode: str,
     layers: Sequence[int] | None,
     history_start: str,
+    include_self: bool = False,
+    decay_r: float = 1.0,
 ) -> Edits:
-    """Callbacks for :func:`full_forward` on this (prompt + generated) sequence; ``layers=None`` means all."""
+    """Callbacks for :func:`full_forward` on this (prompt + generated) sequence; ``layers=None`` means all.
+
+    ``decay_r`` below one stands in for beta as r - 1.
+    """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}")
     start = output_start(model, input_ids, prompt_len, history_start)
-    gamma = gain_matrix(input_ids.shape[1], prompt_len, start, beta, window)
+    beta = beta if decay_r == 1 else decay_r - 1
+    gamma = gain_matrix(input_ids.shape[1], prompt_len, start, beta, window, include_self)
 
     def on(layer: int) -> bool:
         return layers is None or layer in layers
@@ -107,6 +115,8 @@ def generate(
     mode: str,
     layers: Sequence[int] | None = None,
     history_start: str = "after_image",
+    include_self: bool = False,
+    decay_r: float = 1.0,
     max_new_tokens: int,
     eos: Collection[int] = (),
     forced: Sequence[int] | None = None,
@@ -124,6 +134,8 @@ def generate(
         "mode": mode,
         "layers": layers,
         "history_start": history_start,
+        "include_self": include_self,
+        "decay_r": decay_r,
     }
     tokens: list[int] = []
     steps: list[torch.Tensor] = []
