@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def ablate(
     ConfigError
         If the stack has nothing to ablate.
     """
-    if not getattr(diagnostic, "ablation", False):
+    if not diagnostic.ablation:
         return Findings()
     stacks = variants(resolved.methods, samples)
     if len(stacks) == 1:
@@ -57,7 +58,7 @@ def ablate(
     with StackProgress(console, len(stacks)) as progress:
         for name, methods in stacks.items():
             job = _job(resolved, name, methods)
-            place = folder / "ablation" / name
+            place = _folder(folder, name)
             records[name] = run_stack(job, place, console=console, models=models, progress=progress)
     return Findings(tables=[_table(resolved, diagnostic, records, folder)])
 
@@ -79,8 +80,12 @@ def variants(methods: Mapping[str, Method], samples: Sequence[SampleRows]) -> di
             for name, amount in sample.telemetry.get(key, {}).items():
                 counted[name] = counted.get(name, 0.0) + (amount or 0.0)
         for name, variant in method.ablations(counted).items():
-            stacks[f"{key}-{name}"] = {**methods, key: variant}
+            stacks[f"{key}: {name}"] = {**methods, key: variant}
     return stacks
+
+
+def _folder(folder: Path, name: str) -> Path:
+    return folder / "ablation" / re.sub(r"[^\w.+-]+", "-", name)
 
 
 def _job(resolved: ResolvedRun, name: str, methods: Mapping[str, Method]) -> ResolvedRun:
@@ -96,7 +101,7 @@ def _table(resolved: ResolvedRun, diagnostic: Diagnostic, records: Mapping[str, 
     """Pair every variant with the unablated stack."""
     benchmark = resolved.benchmark
     metrics = _shown(benchmark.metrics(), benchmark.headline)
-    counts = {name: benchmark.counts(read_samples(folder / "ablation" / name)) for name in records}
+    counts = {name: benchmark.counts(read_samples(_folder(folder, name))) for name in records}
     rows: list[tuple[Any, ...]] = []
     images = len(counts[FULL].images)
     for name, record in records.items():

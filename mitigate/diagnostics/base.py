@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mitigate.diagnostics.labels import Label, Piece
 from mitigate.errors import ConfigError
@@ -198,12 +198,15 @@ class Diagnostic:
         the benchmark has some, else everything.
     resamples
         Bootstrap resamples of the images.
+    ablation
+        Also run the benchmark once per variant of the stack's methods, to see which part of a method matters. It
+        multiplies the cost.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[int] = 1
-    analysis: ClassVar[frozenset[str]] = frozenset({"resamples"})
+    analysis: ClassVar[frozenset[str]] = frozenset({"resamples", "ablation"})
     """Parameters that only the analysis reads: another value keeps the records."""
     traces: ClassVar[bool] = False
     """Whether the stack's methods shall report what they do (`Context.traces`)."""
@@ -212,6 +215,7 @@ class Diagnostic:
 
     tasks: str = "auto"
     resamples: int = 2000
+    ablation: bool = False
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -221,6 +225,10 @@ class Diagnostic:
     def check_model(self, facts: ModelFacts) -> None:
         """Refuse parameters that do not fit a model, such as layers it does not have; once it is loaded."""
 
+    def bind(self, benchmark: Benchmark) -> Self:
+        """Return the diagnostic as it watches a benchmark: without what needs more than the benchmark knows."""
+        return self
+
     def observer(self, facts: ModelFacts) -> Method:
         """Return the method that watches: read-only, it joins the stack as its last one."""
         raise NotImplementedError(f"{type(self).__name__} does not observe: override observer()")
@@ -228,7 +236,7 @@ class Diagnostic:
     def measure(self, state: MethodState, row: int) -> list[Measures]:
         """Return what the observer saw of one request row, one entry per step, in order.
 
-        Entries beyond the reply's tokens are dropped.
+        Entries beyond the reply's tokens are dropped; an empty list means that nothing is measured per token.
         """
         raise NotImplementedError(f"{type(self).__name__} measures nothing: override measure()")
 

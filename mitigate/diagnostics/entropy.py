@@ -54,17 +54,12 @@ class Entropy(Diagnostic):
     pool
         How the heads of a layer become one distribution: ``mass_mean`` (heads count by their mass on the picture),
         ``renorm_mean``, ``max`` or ``mean_of_entropies``.
-    ablation
-        Also run the benchmark once per variant of the stack's methods, to see which part of a method matters. It
-        multiplies the cost.
     """
 
     name: ClassVar[str] = "entropy"
     summary: ClassVar[str] = "entropy and mass of the attention to the picture per token and layer, abnormal heads"
-    analysis: ClassVar[frozenset[str]] = Diagnostic.analysis | {"ablation"}
 
     pool: str = "mass_mean"
-    ablation: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

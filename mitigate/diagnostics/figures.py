@@ -104,7 +104,17 @@ def points(
     value, low, high = ([_number(item[key]) for item in estimates] for key in ("value", "low", "high"))
     below = [max(middle - end, 0.0) if end == end else 0.0 for middle, end in zip(value, low, strict=True)]
     above = [max(end - middle, 0.0) if end == end else 0.0 for middle, end in zip(value, high, strict=True)]
-    axes.errorbar(x, value, yerr=[below, above], fmt=marker, color=color, label=label, capsize=2.5, linestyle="none")
+    axes.errorbar(
+        x,
+        value,
+        yerr=[below, above],
+        fmt=marker,
+        color=color,
+        label=label,
+        capsize=2.0,
+        elinewidth=1.0,
+        linestyle="none",
+    )
 
 
 def layer_axis(axes: Axes, layers: int) -> None:
@@ -121,6 +131,12 @@ def legend(axes: Axes, **options: Any) -> None:
     if handles:
         place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": min(len(labels), 3)}
         axes.legend(handles, labels, **{**place, "borderaxespad": 0.2, "handlelength": 1.6, **options})
+
+
+def shared_legend(figure: Figure, axes: Axes, **options: Any) -> None:
+    """Put one legend above all axes of a figure that show the same things."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, **{"loc": "outside upper left", "ncols": len(labels), **options})
 
 
 def _number(value: Any) -> float:

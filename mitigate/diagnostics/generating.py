@@ -55,8 +55,9 @@ class Generator:
     """
 
     def __init__(self, resolved: ResolvedRun, diagnostic: Diagnostic, loaded: LoadedModel) -> None:
-        self.resolved, self.diagnostic, self.loaded = resolved, diagnostic, loaded
-        self.stack = stack_of(resolved, diagnostic, loaded)
+        self.resolved, self.loaded = resolved, loaded
+        self.diagnostic = diagnostic.bind(resolved.benchmark)
+        self.stack = stack_of(resolved, self.diagnostic, loaded)
         self.key = _key(resolved.methods)
         self.seed = int(resolved.config["seed"])
         self.arguments = generate_arguments(resolved.config["decoding"])
@@ -137,6 +138,7 @@ class Generator:
         tokens, finished = cut_at_end(generated, self.ends)
         found = pieces(benchmark, sample, tokens, self.loaded.processor)
         measured = self.diagnostic.measure(state, row)
+        measured = measured or [{} for _ in tokens]
         if len(measured) < len(tokens):
             raise DataError(
                 f"{self.diagnostic.name} measured {len(measured)} of the {len(tokens)} tokens of {sample.id}"
