@@ -115,8 +115,11 @@ class LocoRE(Method):
         """A[q*, j] <- A[q*, j] * gamma_j (Algorithm 2)."""
         gained = None
         if self._beta != 0.0:
-            gained = event.probs * state.once("gain", event.rows, lambda: self._gain(event))
-            gained = gained if self.mode == "post_raw" else gained / gained.sum(-1, keepdim=True)
+            gain = state.once("gain", event.rows, lambda: self._gain(event))
+            gained = event.probs * gain
+            if self.mode == "post_renorm":  # rows without a window stay bit for bit
+                acts = state.once("acts", event.rows, lambda: (gain != 1.0).any(-1, keepdim=True))
+                gained = torch.where(acts, gained / gained.sum(-1, keepdim=True), event.probs)
         if state.tracing:
             self._trace(event, state, event.probs, event.probs if gained is None else gained)
         return gained
