@@ -71,6 +71,7 @@ def test_stacks_that_are_named_after_their_methods() -> None:
         if stack != "none" and all(part in methods().names() for part in parts):
             assert in_file(stack) == parts
     assert in_file("none") == []
+    assert in_file("mission") == ["scr", "clva", "dleaf", "locore", "sgrs"]
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
