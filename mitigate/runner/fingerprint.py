@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,8 @@ PATTERNS: Final = (
     "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "*.py",
 )  # fmt: skip
 _SHOWN = 12
+#: Where methods of this project keep what they share.
+_SHARED: Final = "mitigate.ops"
 
 
 def weights_before_loading(model: Mapping[str, Any]) -> str:
@@ -61,12 +65,53 @@ def weights_of_loaded(model: Mapping[str, Any], loaded: LoadedModel) -> str:
 
 
 def code_hash(plugin: type) -> str:
-    """Return a short hash of the source file that defines a class; ``unknown`` where there is none (a notebook)."""
+    """Return a short hash of the source a class stands on; ``unknown`` where there is none (a notebook).
+
+    That is the file that defines it, and what that file imports from the shared operations (``mitigate.ops``) or, for a
+    plugin from elsewhere, from its own package.
+    """
     try:
         path = inspect.getsourcefile(plugin)
-        return "unknown" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:_SHOWN]
+        if path is None:
+            return "unknown"
+        own = plugin.__module__.partition(".")[0]
+        shared = _SHARED if own == _SHARED.partition(".")[0] else own
+        files = _sources(Path(path), shared)
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
+        return digest.hexdigest()[:_SHOWN]
     except (OSError, TypeError):
         return "unknown"
+
+
+def _sources(path: Path, package: str) -> set[Path]:
+    """Return a source file and the files of a package that it imports, directly or through one another."""
+    found, waiting = {path}, [path]
+    while waiting:
+        for name in _imported(waiting.pop()):
+            if name == package or name.startswith(f"{package}."):
+                file = _file_of(name)
+                if file is not None and file not in found:
+                    found.add(file)
+                    waiting.append(file)
+    return found
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Yield the dotted names a file imports; what follows ``import`` may be a module or a name in one."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _file_of(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None  # a name in a module, not a module
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _local_folder(path: str) -> Path | None:
