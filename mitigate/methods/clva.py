@@ -272,7 +272,8 @@ class CLVA(Method):
         """Start a forward: nothing of the last one's maps is left."""
         state.maps = None
         rows = own_rows(event, state).rows
-        groups = column_groups(event.layout.images, event.layout.prompt_length, self.multi_image, event.probs)
+        images, width = event.layout.images, event.layout.prompt_length
+        groups = state.once("groups", images, lambda: column_groups(images, width, self.multi_image, event.probs))
         if groups is None:
             return None
         groups = groups[:, :, None, : event.probs.shape[-1]]

@@ -254,6 +254,19 @@ def test_planted_mass_moves_with_prob_mix():
     assert sorted(set(sink_mass), reverse=True) == sink_mass
 
 
+def test_reading_takes_means_over_layers():
+    """E = 0-1, M = 3: n is a mean of two maps, d of the two increments above layer 1."""
+    columns = torch.tensor([True, True, False]).view(1, 1, 1, 3)
+    options = {"pool": "mean", "top_heads": 1.0, "normalise": True, "head_share": None, "dtype": torch.float64}
+    windows = CLVA(early="0-1", mid="3", deep="5").windows(6)
+    reading = Reading(columns=columns, windows=windows, noise_from=lambda reading: reading.early, **options)
+    for layer, share in enumerate([0.9, 0.5, 0.6, 0.4]):
+        reading.add(layer, torch.tensor([share / 2, (1 - share) / 2, 0.5], dtype=torch.float64).view(1, 1, 1, 3))
+    close(reading.noise, [0.7, 0.3, 0.0], atol=1e-9)
+    close(reading.middle, [0.4, 0.6, 0.0], atol=1e-9)
+    close(reading.rise, [0.1 / 2, 0.2 / 2, 0.0], atol=1e-9)
+
+
 def test_a_sink_in_both_maps_is_never_an_anchor():
     columns = torch.ones(1, 1, 1, 40, dtype=torch.bool)
     for seed in range(5):
@@ -337,6 +350,7 @@ SWITCHES = [
     {"mode": "dynamics", "shared_tokens": "suppress", "min_anchors": 1},
     {"anchor_unit": "heads", "rho": 0.5},
     {"anchor_unit": "heads", "mode": "dynamics", "pool": "mass", "rho": 0.1, "early": "0-1"},
+    {"anchor_unit": "heads", "pool": "top", "top_heads": 0.25, "rho": 0.5},
     {"pool": "mass"},
     {"pool": "top", "top_heads": 0.5, "gate": "bhattacharyya"},
     {"normalise": False},
