@@ -188,12 +188,10 @@ class SCR(Method):
         return edited[:1] if self.schedule == "once" else edited
 
     def _ranking_layers(self, model: ModelFacts) -> tuple[int, ...]:
-        def clamped(part: str) -> str:
-            return (
-                part if "." in part else re.sub(r"\d+", lambda found: str(min(int(found[0]), model.layers - 1)), part)
-            )
+        def clamped(number: re.Match[str]) -> str:
+            return str(min(int(number[0]), model.layers - 1))
 
-        text = ",".join(clamped(part) for part in self.diagnostic_layers.split(","))
+        text = re.sub(r"(?<![\d.])\d+(?![\d.])", clamped, self.diagnostic_layers)
         return parse_layers(text, model.layers, name=f"methods.{self.name}.diagnostic_layers")
 
     def _queries(self, layout: TokenLayout) -> Tensor:
