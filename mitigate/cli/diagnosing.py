@@ -51,10 +51,10 @@ def diagnose(arguments: Sequence[str], console: Console) -> int:
     name = next((item for item in arguments[:1] if not item.startswith("-") and "=" not in item), None)
     options = read_options("diagnose", arguments[1:] if name else arguments, ("config",))
     if name is None:
-        _say(console, HELP.format(listing=_listing()))
-        if options.overrides:
+        if options.overrides and not options.help:
             known = ", ".join(diagnostics().names())
             raise ConfigError(f"mitigate diagnose takes the name of a diagnostic first: {known}")
+        _say(console, HELP.format(listing=_listing()))
         return OK if options.help else USER_ERROR
     plugin = diagnostics().get(name)
     if options.help:
@@ -159,7 +159,8 @@ def _parameters_text(name: str, plugin: type[Diagnostic]) -> str:
     lines = [f"mitigate diagnose {name}: {plugin.summary}\n", "Parameters (diagnostic.KEY=VALUE)"]
     for parameter in parameters_of(plugin):
         shown = json.dumps(parameter.default)
-        lines.append(f"  {parameter.name:<14} {parameter.type:<6} default {shown:<12} {parameter.doc}")
+        text = parameter.doc.replace("``", "")
+        lines.append(f"  {parameter.name:<11} {parameter.type:<6} default {shown:<16} {text}")
     lines.append("\nModel, stack, benchmark, decoding, trainer and tracker as for `mitigate run` (see its --help).")
     return "\n".join(lines) + "\n"
 

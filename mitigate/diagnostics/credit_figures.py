@@ -96,7 +96,8 @@ def overlays(
     known = {sample.id: sample for sample in benchmark.samples()}
     rows = -(-len(shown) // _PER_ROW)
     with figures.style():
-        figure, axes = figures.grid(rows, min(_PER_ROW, len(shown)), width=9.6, height=3.7 * rows)
+        figure, axes = figures.grid(rows, min(_PER_ROW, len(shown)), width=9.6, height=3.8 * rows + 0.5)
+        figures.pad(figure, 0.14)
         used: dict[str, str] = {}
         for place, sample in zip(axes, shown, strict=False):
             picture = benchmark.images(known[sample.id])[0]

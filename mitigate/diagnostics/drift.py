@@ -171,8 +171,9 @@ class Drift(Diagnostic):
         """See `mitigate.diagnostics.drift_analysis`."""
         from mitigate.diagnostics.drift_analysis import analyse
 
-        layers = len(rows[0].measures["bhattacharyya_noise"]) if rows else 1
-        return analyse(rows, self.windows(layers), self.similarity, resamples=self.resamples)
+        none = Windows((), (), ())
+        windows = self.windows(len(rows[0].measures["bhattacharyya_noise"])) if rows else none
+        return analyse(rows, windows, self.similarity, resamples=self.resamples)
 
     def study(self, samples: Sequence[SampleRows]) -> Findings:
         """Add what is known about the objects' places."""

@@ -73,6 +73,12 @@ def grid(
     return figure, list(axes.ravel())
 
 
+def pad(figure: Figure, inches: float) -> None:
+    """Leave more room above and below each axes, for titles of several lines."""
+    engine: Any = figure.get_layout_engine()
+    engine.set(h_pad=inches)
+
+
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write ``name.png`` and ``name.svg`` and return the PNG file."""
     folder.mkdir(parents=True, exist_ok=True)
