@@ -42,13 +42,14 @@ class Sweep:
     scores: Tensor | None = None
     best: tuple[Tensor, Tensor, Tensor] | None = None
     totals: dict[str, Tensor] = field(default_factory=dict)
+    _patches: Tensor | None = None
 
     def follow(self, rows: Tensor) -> None:
         """Speak of these query rows from now on: another method of the stack may ask for more rows in some layers."""
         if rows is self.rows:
             return
         place = torch.searchsorted(self.rows.to(rows.device), rows).clamp_max(len(self.rows) - 1)
-        self.rows, self.groups = rows, self.groups.to(rows.device)
+        self.rows, self.groups, self._patches = rows, self.groups.to(rows.device), None
         self.seen = self.seen.to(rows.device)[:, :, place]
         if self.best is not None:
             row, score, origin = (part.to(rows.device) for part in self.best)
@@ -56,8 +57,10 @@ class Sweep:
 
     def patches(self) -> Tensor:
         """Return the patches each row can see, ``[B, R, K]`` bool."""
-        columns = torch.arange(self.groups.shape[1], device=self.groups.device)
-        return (self.groups >= 0)[:, None] & (columns <= self.rows[:, None])
+        if self._patches is None:
+            columns = torch.arange(self.groups.shape[1], device=self.groups.device)
+            self._patches = (self.groups >= 0)[:, None] & (columns <= self.rows[:, None])
+        return self._patches
 
     def keep_best(self, row: Tensor, score: Tensor, origin: Tensor, *, earlier: bool) -> Tensor:
         """Offer this layer's row; return the one to use: it, or with ``earlier`` the best so far."""

@@ -197,7 +197,9 @@ def test_pictures_of_unequal_size(double, monkeypatch, values):
     equals_naive(model, inputs, values, images=images)
 
 
-@pytest.mark.parametrize("values", [{}, *DLEAF.test_params(), {"bas_scope": "sample"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, *DLEAF.test_params(), {"bas_scope": "sample"}, {"bas_scope": "sample", "rows": "all_text"}], ids=str
+)
 def test_cached_equals_uncached(model, values):
     inputs = make_inputs(model, PROMPTS, seed=3)
     cached, _ = generate(model, DLEAF(**values), inputs, eos_token_id=[])
