@@ -134,7 +134,10 @@ class CLVA(Method):
     summary: ClassVar[str] = "moves deep layers' attention to image tokens that middle layers found (from the abstract)"
     fidelity: ClassVar[Fidelity] = Fidelity.FROM_ABSTRACT
     paper: ClassVar[Paper | None] = Paper(
-        title="CLVA: Cross-Layer Visual Anchors", arxiv="2603.25088", where="abstract"
+        title="Visual Attention Drifts, but Anchors Hold: Mitigating Hallucination in Multimodal Large Language Models "
+        "via Cross-Layer Visual Anchors",
+        arxiv="2603.25088",
+        where="abstract",
     )
     tags: ClassVar[Tags] = Tags(
         reads=frozenset({Point.SAMPLE_BEGIN, Point.ATTENTION_PROBS, Point.HIDDEN_STATES}),
@@ -190,8 +193,6 @@ class CLVA(Method):
         attention = self.noise_source in ("early", "image_mean")
         self.require(self.normalise or attention, "normalise", f"be True with noise_source={self.noise_source}")
         self.require(self.operator != "prob_mix" or self.mass != "grow", "mass", "be auto or preserve with prob_mix")
-
-    # -------------------------------------------------------------------------------------------------- where it acts
 
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:
         """Read the lower windows and edit the deep one, in the same forward."""

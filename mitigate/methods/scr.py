@@ -250,9 +250,10 @@ class SCR(Method):
         last = max((*ranking, *edited) if self.entropy == "norm" else ranking)
         state.voters = [(each, rows) for each in state.pictures if len(rows := self._voters(event.layout, each))]
         state.maps, state.norms = {}, {}
-
-        diagnose = partial(request.diagnose, state, last_layer=last if self.truncate_pass1 else None)
-        if not self.cache_per_image:
+        rows = torch.tensor([each.place[0] for each, _ in state.voters], dtype=torch.long)
+        asked = torch.bincount(rows, minlength=event.layout.rows) > 0
+        diagnose = partial(request.diagnose, state, last_layer=last if self.truncate_pass1 else None, where=asked)
+        if state.voters and not self.cache_per_image:
             diagnose()
 
         def measured(picture: spatial.Picture) -> tuple[Tensor, Tensor | None]:
