@@ -140,6 +140,8 @@ def test_worked_example_through_the_whole_edit():
     bias, gate = CLVA().pull.score_bias(tensor(SCORES)[:, :, 0].unsqueeze(2), example())
     close(bias, [-0.15, 0.3, 0.1286, -0.1, 0])
     assert float(gate) == 1.0
+    equal, _ = CLVA(heads="visual").pull.score_bias(tensor(SCORES)[:, :, 0].unsqueeze(2), example())
+    assert torch.equal(bias, equal)  # a single head has the mean mass
     gated, gate = CLVA(gate="bhattacharyya").pull.score_bias(tensor(SCORES)[:, :, 0].unsqueeze(2), example())
     assert 0 < float(gate) < 1
     close(gated, (gate.flatten() * bias.flatten()).tolist(), atol=1e-12)
@@ -785,3 +787,14 @@ def test_damping_that_would_empty_a_map_leaves_it():
     maps = Maps(columns, zero, zero, zero, one)
     shares = torch.tensor([0.3, 0.7]).view(1, 1, 1, 1, 2)
     close(mixture(shares, maps, torch.ones(1, 1, 1), 0.5, 1.0), [0.3, 0.7])
+
+
+def test_rows_without_anchors_or_noise_keep_their_weights_bit_for_bit():
+    columns = torch.ones(1, 1, 2, 7, dtype=torch.bool)
+    zero = torch.zeros(1, 1, 2, 7)
+    anchors = zero.clone()
+    anchors[:, :, 1, 3] = 1.0
+    weights = torch.rand(1, 4, 2, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    new, _ = CLVA(operator="prob_mix").pull.mixed(weights[..., :7], Maps(columns, zero, zero, anchors, zero))
+    assert torch.equal(new[:, :, 0], weights[:, :, 0, :7])
+    assert (new[:, :, 1, 3] > weights[:, :, 1, 3]).all()
