@@ -82,6 +82,8 @@ def pad(figure: Figure, inches: float) -> None:
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write ``name.png`` and ``name.svg`` and return the PNG file."""
     folder.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it is laid out; the second file would only do it again
     picture = folder / f"{name}.png"
     figure.savefig(picture, metadata={"Software": "mitigate"})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": "mitigate"})

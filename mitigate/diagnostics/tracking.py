@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mitigate.diagnostics.base import Diagnostic, Estimate, Findings
+from mitigate.diagnostics.base import Diagnostic, Estimate, Findings, Table
 from mitigate.errors import DataError
 from mitigate.jsonfiles import content_hash, read_json, write_json
 from mitigate.trackers.base import TrackedRun, Tracker
@@ -43,8 +43,8 @@ def track(
         tracker.start(_described(resolved, diagnostic, summary, findings, folder, destination))
         tracker.log(numbers)
         for table in findings.tables:
-            cells = [[_cell(cell) for cell in row] for row in table.rows]
-            tracker.table(f"{diagnostic.name}/{table.name}", table.columns, cells)
+            columns, cells = expanded(table)
+            tracker.table(f"{diagnostic.name}/{table.name}", columns, cells)
         tracker.table(f"{diagnostic.name}/figures", ("figure", "picture"), _pictures(figures))
         place = tracker.finish()
         if place is None:
@@ -100,8 +100,22 @@ def _pictures(figures: Sequence[Path]) -> list[list[Any]]:
     return rows
 
 
-def _cell(cell: Any) -> Any:
-    return cell.value if isinstance(cell, Estimate) else cell
+def expanded(table: Table) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of plain cells: an estimate takes five columns, its value and what supports it."""
+    wide = [any(isinstance(row[place], Estimate) for row in table.rows) for place in range(len(table.columns))]
+    parts = ("low", "high", "n", "p")
+    columns: list[str] = []
+    for column, several in zip(table.columns, wide, strict=True):
+        columns += [column, *(f"{column}: {part}" for part in parts if several)]
+    rows = []
+    for row in table.rows:
+        cells: list[Any] = []
+        for cell, several in zip(row, wide, strict=True):
+            estimate = isinstance(cell, Estimate)
+            cells.append(cell.value if estimate else cell)
+            cells += [getattr(cell, part) if estimate else None for part in parts if several]
+        rows.append(cells)
+    return columns, rows
 
 
 def _remembered(memory: Path) -> dict[str, str]:

@@ -14,8 +14,11 @@ from PIL import Image
 from mitigate.cli import main
 from mitigate.core import Access, Fidelity, Method, ModelFacts, NextTokenLogits, Point, Subscription, Tags
 from mitigate.diagnostics import BUILTIN, generating, records
-from mitigate.diagnostics.base import Estimate, Findings
-from mitigate.diagnostics.tracking import flat_numbers, track
+from mitigate.diagnostics.base import Estimate, Findings, Table
+from mitigate.diagnostics.credit import Credit
+from mitigate.diagnostics.drift import Drift
+from mitigate.diagnostics.entropy import Entropy
+from mitigate.diagnostics.tracking import expanded, flat_numbers, track
 from mitigate.errors import DataError
 from mitigate.registry import methods
 from tests.diagnostics.worlds import row, sample
@@ -28,6 +31,14 @@ OFF = (*SMALL, "tracker=none")
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing: figures are most of the time of a small run."""
+    for diagnostic in (Credit, Drift, Entropy):
+        monkeypatch.setattr(diagnostic, "draw", lambda *_: [])
+        monkeypatch.setattr(diagnostic, "illustrate", lambda *_: [])
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -65,6 +76,7 @@ def test_a_run_leaves_records_summary_and_figures(capsys: pytest.CaptureFixture[
     assert {path.name for path in made.iterdir()} >= {"tokens.jsonl", "config.json", "summary.json"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_answers_are_those_of_a_plain_run(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert outcome(capsys, "diagnose", "entropy", *OFF, "name=d")[0] == 0
     assert outcome(capsys, "run", *(item for item in OFF if "diagnostic" not in item), "name=r")[0] == 0
@@ -73,6 +85,7 @@ def test_answers_are_those_of_a_plain_run(capsys: pytest.CaptureFixture[str], he
     assert {item.id: item.text for item in records.read(here / "runs" / "diagnose" / "d")} == plain
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +114,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert json.loads((cut / "summary.json").read_text())["findings"] == whole["findings"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_is_analysed_anew_without_the_model(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +126,7 @@ def test_a_finished_run_is_analysed_anew_without_the_model(
     assert json.loads((folder(here) / "summary.json").read_text())["parameters"]["bins"] == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("stack", ["methods=[locore]", "methods=[scr]", "methods=[sgrs]"])
 def test_stacks_are_watched_and_compared(capsys: pytest.CaptureFixture[str], here: Path, stack: str) -> None:
     code, _, err = outcome(capsys, "diagnose", "credit", *OFF, stack, "benchmark.limit=1", "diagnostic.tasks=caption")
@@ -124,6 +139,7 @@ def test_stacks_are_watched_and_compared(capsys: pytest.CaptureFixture[str], her
     assert (abs(ratio[-1]["value"] - 1.0) > 1e-4) == ("scr" in stack)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_yes_no_answers_are_diagnosed_when_asked(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert outcome(capsys, "diagnose", "entropy", *OFF, "diagnostic.tasks=yes_no")[0] == 0
     found = records.read(folder(here))
@@ -208,11 +224,20 @@ def test_cfg_job_prints_and_runs_nothing(capsys: pytest.CaptureFixture[str], her
     assert list(here.iterdir()) == []
 
 
-def test_wandb_gets_numbers_tables_and_figures(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+def test_wandb_gets_numbers_tables_and_figures(
+    capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one(self: Any, findings: Any, place: Path) -> list[Path]:
+        Image.new("RGB", (8, 8)).save(place / "one.png")
+        return [place / "one.png"]
+
+    monkeypatch.setattr(Entropy, "draw", one)
     code, out, _ = outcome(capsys, "diagnose", "entropy", *SMALL, "tracker=offline")
     assert code == 0
     assert "Tracked with wandb: " in out
     assert list(folder(here).glob("wandb/offline-run-*/*.wandb"))
+    (table,) = folder(here).glob("wandb/offline-run-*/files/media/table/entropy/figures*.json")
+    assert json.loads(table.read_text())["data"] == [["one", "Image"]]
     assert "Tracked" not in outcome(capsys, "diagnose", "entropy", *SMALL, "tracker=offline")[1]
 
 
@@ -251,6 +276,7 @@ class Louder(Method):
         return {"end at once": Louder(token=2)}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ablation_pairs_every_variant_with_the_stack(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     methods().register("louder", Louder)
     try:
@@ -321,6 +347,9 @@ def test_a_failing_tracker_is_reported_not_raised(tmp_path: Path) -> None:
     tracker: Any = Broken()
     (line,) = track(tracker, resolved, diagnostic, summary, found, [], tmp_path)
     assert "no space" in line
+    columns, cells = expanded(Table("t", "T", ("x", "y"), (("a", Estimate(1.0, 0.5, 2.0, 7, 0.25)), ("b", None))))
+    assert columns == ["x", "y", "y: low", "y: high", "y: n", "y: p"]
+    assert cells == [["a", 1.0, 0.5, 2.0, 7, 0.25], ["b", None, None, None, None, None]]
     flat = flat_numbers(found)
     assert flat["a/b"] == 1.0
     assert flat["a/b/n"] == 7.0
