@@ -57,7 +57,7 @@ VARIANTS = [
     {"threshold": "running_mean"},
     {"threshold": "mean_plus_kstd", "k_std": 0.3},
     {"threshold": "ema", "ema_decay": 0.3},
-    {"threshold": "fixed", "fixed_threshold": 2.9},
+    {"threshold": "fixed", "fixed_threshold": 2.7, "delta": 0.2},
     {"threshold": "fixed", "fixed_threshold": 0.8, "entropy_scale": "normalised", "first_layer": "eligible"},
     {"bas_scope": "sample"},
     {"bas_scope": "sample", "threshold": "running_mean", "rows": "all_text"},
