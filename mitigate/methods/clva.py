@@ -270,8 +270,7 @@ class CLVA(Method):
             self._finish(event, state, reading)
 
     def _begin(self, event: AttentionProbs, state: MethodState, windows: Windows) -> Reading | None:
-        """Start a forward: nothing of the last one's maps is left."""
-        state.maps = None
+        """Start a forward; nothing to do where no sample has an image."""
         rows = own_rows(event, state).rows
         images, width = event.layout.images, event.layout.prompt_length
         groups = state.once("groups", images, lambda: column_groups(images, width, self.multi_image, event.probs))
@@ -332,7 +331,7 @@ class CLVA(Method):
     def on_attention_scores(self, event: AttentionScores, state: MethodState) -> Tensor | None:
         """Z[q*, j] <- Z[q*, j] + g c (alpha s_j - beta nu_j), or the log ratio."""
         maps: Maps | None = state.get("maps")
-        if maps is None or self.is_idle:
+        if maps is None:
             return None
         own = own_rows(event, state)
         scores = own.of(event.scores)

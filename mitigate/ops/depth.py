@@ -45,7 +45,7 @@ def layer_windows(depth: int, early: str, mid: str, deep: str, *, owner: str) ->
     top = layers("deep", deep, {"auto": range(start, depth), "final": range(depth - few, depth)})
     start, stop = round(0.40 * depth), round(0.65 * depth)
     below = range(max(0, top[0] - quarter), top[0])
-    middle = layers("mid", mid, {"auto": range(start, max(start + 1, stop)), "final": below})
+    middle = layers("mid", mid, {"auto": range(start, stop), "final": below})
     bottom = layers("early", early, {"auto": range(few)})
     if not (middle and bottom[-1] < middle[0] and middle[-1] < top[0]):
         raise ConfigError(

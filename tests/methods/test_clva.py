@@ -448,6 +448,37 @@ def test_beams_equal_beams_one_by_one(model, variant):
         assert together[row, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_beams_that_change_places_keep_their_maps(model, variant):
+    """Without a cache every past row is edited anew in the beam it now belongs to."""
+    inputs = make_inputs(model, PROMPTS[:3], seed=6)
+    with Stack([CLVA(**STRONG | VARIANTS[variant])]).attach(model) as handle:
+        options = {"num_beams": 4, "do_sample": False, "max_new_tokens": 6, "pad_token_id": PAD}
+        cached, uncached = (
+            handle.generate(**inputs, **options, use_cache=cache, return_dict_in_generate=True, output_scores=True)
+            for cache in (True, False)
+        )
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["logit", "prob_mix"])
+def test_finished_samples_are_not_counted(model, operator):
+    inputs = make_inputs(model, PROMPTS[:3], seed=7)
+    method = CLVA(operator=operator, gate="bhattacharyya")
+    out, full = generate(model, method, inputs, steps=4, eos_token_id=[])
+    fresh = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    end = fresh[0][0]
+    _, short = generate(model, method, inputs, steps=4, eos_token_id=[end])
+    lengths = [row.index(end) + 1 if end in row else 4 for row in fresh]
+    assert max(lengths) == 4
+    for row, length in enumerate(lengths):
+        assert short[row]["clva"]["anchor_rows"] == length
+        assert short[row]["clva"]["layers_edited"] == 2 * length
+        for counter in ("anchors", "gate", "image_mass_before", "image_mass_after"):
+            assert (short[row]["clva"][counter] < full[row]["clva"][counter]) == (length < 4)
+
+
 @pytest.mark.parametrize("rows", ["last", "predictors", "all"])
 def test_rows_others_ask_for_are_left_alone(model, rows):
     inputs = make_inputs(model, PROMPTS, seed=8)
@@ -661,9 +692,10 @@ def test_windows_out_of_order_are_refused(values):
         CLVA(**values).subscriptions(FACTS)
 
 
-def test_two_layers_are_too_few():
+@pytest.mark.parametrize("depth", [1, 2])
+def test_two_layers_are_too_few(depth):
     with pytest.raises(ConfigError, match="must follow one another"):
-        CLVA().windows(2)
+        CLVA().windows(depth)
 
 
 def test_it_reads_and_writes_only_what_it_needs():
