@@ -475,6 +475,8 @@ def test_finished_samples_are_not_counted(model, operator):
     for row, length in enumerate(lengths):
         assert short[row]["clva"]["anchor_rows"] == length
         assert short[row]["clva"]["layers_edited"] == 2 * length
+        for counter in ("gate", "image_mass_before", "image_mass_after"):  # none is above 1 per row and layer
+            assert short[row]["clva"][counter] <= short[row]["clva"]["layers_edited"]
         for counter in ("anchors", "gate", "image_mass_before", "image_mass_after"):
             assert (short[row]["clva"][counter] < full[row]["clva"][counter]) == (length < 4)
 
