@@ -103,7 +103,8 @@ class Request:
         if self._inputs is None:
             raise HookError("image_key is known at sample_begin only; keep it on the state")
         pixels = self.bus.adapter.image_pixels(self._inputs, image).detach().cpu().contiguous()
-        return hashlib.sha256(f"{pixels.dtype}{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
+        raw = pixels.view(torch.uint8).numpy().tobytes()  # as bytes: numpy knows no bfloat16
+        return hashlib.sha256(f"{pixels.dtype}{tuple(pixels.shape)}".encode() + raw).hexdigest()
 
     def forget_inputs(self) -> None:
         """Let go of the pixels."""

@@ -14,7 +14,7 @@ from mitigate.core.stack import Stack
 from mitigate.core.vocabulary import Vocabulary
 from mitigate.errors import ConfigError, HookError
 from tests.core.test_choosing import Watch
-from tests.references.tiny import PAD, make_inputs, tiny_processor
+from tests.references.tiny import PAD, make_inputs, tiny_llava, tiny_processor
 
 BEGIN = Subscription(point=Point.SAMPLE_BEGIN)
 
@@ -138,11 +138,14 @@ def test_shared_memory_is_bounded(model):
     assert memory.shared(1, lambda: "new") == "new"
 
 
-def test_images_are_told_apart_by_their_pixels(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_told_apart_by_their_pixels(dtype):
     keys = []
+    model = tiny_llava(seed=0).to(dtype)
     watch = on_begin(lambda event: keys.append([event.request.image_key(i) for i in range(3)]))
     inputs = make_inputs(model, [(3, 1, 4), (2, 2, 3)], seed=1)
     inputs["pixel_values"][2] = inputs["pixel_values"][0]
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     with Stack([watch]).attach(model) as handle:
         handle.generate(**inputs, max_new_tokens=1, pad_token_id=PAD)
     first, second, third = keys[0]
