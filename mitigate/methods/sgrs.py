@@ -350,7 +350,7 @@ class SGRS(Method):
         if self.history_init == "empty" or self.history_start == "generated":
             return history
         replay = event.request.replay(state, rows=self._lookback)
-        for index, column in enumerate(replay.columns.tolist()):
+        for index, column in enumerate(replay.columns.tolist() if bool(replay.valid.any()) else ()):
             columns = self._earlier_text(event.layout, column, event.layout.length - 1).to(event.logits.device)
             rows = event.active & replay.valid[:, index] & columns.any(-1)
             away = cotangent(replay.logits[:, index], replay.targets[:, index], unit=self.norm != "none")

@@ -289,6 +289,17 @@ def test_prompt_tail_can_reject_the_first_token():
         assert passes == [(5 + 5 if rejects else 1)] * 2  # five prompt rows, five candidates
 
 
+@pytest.mark.parametrize("prompt", [(4, 1, 0), (4, 1, 1)])
+def test_a_prompt_without_a_tail_starts_with_an_empty_history(model, prompt):
+    inputs = make_inputs(model, [prompt], seed=3)
+    plain, tail = (
+        generate(model, [SGRS(history_init=init, alpha=1.2, **ORDER, **LAYERS)], inputs)
+        for init in ("empty", "prompt_tail")
+    )
+    assert torch.equal(plain[0], tail[0])
+    assert plain[1][0]["sgrs"]["extra_backwards"] == tail[1][0]["sgrs"]["extra_backwards"] > 0
+
+
 def test_an_exempt_end_token_passes_any_threshold():
     model = tiny_llava(seed=0)
     inputs = make_inputs(model, PROMPTS[:1], seed=0)
