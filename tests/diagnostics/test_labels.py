@@ -86,6 +86,8 @@ def test_text_around_the_reply_is_stripped_as_for_scoring() -> None:
     tokens = tokenizer("  \n cat ", add_special_tokens=False)["input_ids"]
     text, spans = offsets(tokens, tokenizer)
     assert text == "cat"
+    assert "".join(text[start:stop] for start, stop in spans) == "cat"
+    assert words(pieces(Words(), caption("cat"), tokens, tokenizer), G).replace("|", "") == "cat"
     assert label_tokens(Words(), caption("cat"), tokens, tokenizer).count(G) == sum(
         stop > start for start, stop in spans
     )

@@ -26,10 +26,13 @@ def model() -> Any:
     return warm_model()
 
 
-def observed(model: Any, diagnostic: Any, inputs: Any, methods: Any = ()) -> tuple[Any, torch.Tensor]:
-    """The observer's state, and the generated tokens."""
-    facts = adapter_for(model).facts(model)
-    stack = Stack({**{f"m{index}": method for index, method in enumerate(methods)}, "o": diagnostic.observer(facts)})
+def observed(
+    model: Any, diagnostic: Any, inputs: Any, methods: Any = (), *, first: bool = False
+) -> tuple[Any, torch.Tensor]:
+    """The observer's state, and the generated tokens; the observer is the stack's last method, or its first."""
+    observer = {"o": diagnostic.observer(adapter_for(model).facts(model))}
+    others = {f"m{index}": method for index, method in enumerate(methods)}
+    stack = Stack({**observer, **others} if first else {**others, **observer})
     with stack.attach(model) as handle:
         out = handle.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, pad_token_id=PAD)
         assert handle.bus is not None
@@ -121,10 +124,11 @@ def test_observers_change_no_token(model: Any, inputs: Any, diagnostic: Any, met
     assert torch.equal(observed(model, diagnostic, inputs, methods)[1], plain)
 
 
-def test_observers_see_what_the_stack_left(model: Any, inputs: Any) -> None:
+@pytest.mark.parametrize("first", [False, True])
+def test_observers_see_what_the_stack_left(model: Any, inputs: Any, first: bool) -> None:
     diagnostic = Entropy()
     before, _ = observed(model, diagnostic, inputs)
-    after, _ = observed(model, diagnostic, inputs, [LocoRE(beta=5.0, mode="post_renorm", layers="2")])
+    after, _ = observed(model, diagnostic, inputs, [LocoRE(beta=5.0, mode="post_renorm", layers="2")], first=first)
     first = diagnostic.measure(before, 0)[0]["mass"], diagnostic.measure(after, 0)[0]["mass"]
     assert first[0][:2] == first[1][:2]
     assert first[1][2] < first[0][2] - 1e-3  # more attention to the text just before, less to the picture

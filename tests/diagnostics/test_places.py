@@ -34,6 +34,7 @@ def test_the_testbeds_boxes_are_where_the_things_are_drawn(index: int) -> None:
     inside = np.zeros((64, 64), dtype=bool)
     for (box,) in boxes.values():
         left, top, right, bottom = (round(64 * edge) for edge in box)
+        assert right - left == bottom - top <= 20
         inside[top:bottom, left:right] = True
     # colour, not grey: the ground is grey with noise
     bright = np.abs(pixels - np.median(pixels)).max(-1) > 90
