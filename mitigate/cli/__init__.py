@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "mitigate.cli.running:compare",
     "plan": "mitigate.cli.planning:plan",
     "diagnose": "mitigate.cli.diagnosing:diagnose",
+    "trace": "mitigate.cli.tracing:trace",
     "list": "mitigate.cli.listing:show",
     "testbed": "mitigate.cli.testbed:testbed",
 }
@@ -35,6 +36,7 @@ Commands
   compare   run several stacks of methods on the same samples: one table, one report, one W&B group
   run       run one stack on one benchmark and record every sample
   diagnose  watch the model while it answers, and hold what is seen against the ground truth of every token
+  trace     answer one question about one picture and show what every method did, step by step
   plan      print what a stack would do: points, layers, order, every value and where it came from
   list      list methods, models, benchmarks and stacks   (--json for everything, with parameters)
   testbed   train or evaluate the small embedded model    (testbed train | testbed evaluate)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mitigate.errors import ConfigError
 from mitigate.registry import suggestion
 
-_FLAGS = {"-h": "help", "--help": "help", "-m": "sweep", "--multirun": "sweep", "--json": "json"}
+_FLAGS = {"-h": "help", "--help": "help", "-m": "sweep", "--multirun": "sweep", "--json": "json", "--all": "all"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Options:
     ----------
     overrides
         Everything that is no flag.
-    help, sweep, json
+    help, sweep, json, all
         Whether the flag was given.
     config
         Whether to print the composed configuration and stop (``--cfg job``).
@@ -32,6 +32,7 @@ class Options:
     help: bool = False
     sweep: bool = False
     json: bool = False
+    all: bool = False
     config: bool = False
 
 
