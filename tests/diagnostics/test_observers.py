@@ -9,7 +9,7 @@ import torch
 
 from mitigate.adapters import adapter_for
 from mitigate.core.stack import Stack
-from mitigate.diagnostics.credit import Credit, _seen
+from mitigate.diagnostics.credit import Credit, _seen, asking_rows
 from mitigate.diagnostics.drift import Drift
 from mitigate.diagnostics.entropy import Entropy
 from mitigate.methods.locore import LocoRE
@@ -111,6 +111,13 @@ def test_credit_averages_the_questions_rows_and_the_tokens_norms(model: Any, inp
         assert seen["entropy"] == pytest.approx(float(-(share * share.log()).sum()), abs=1e-4)
         norms = [float(hidden[image].norm(dim=-1).mean()) for hidden in forward.hidden]
         assert seen["norms"] == pytest.approx(norms, rel=1e-4)
+
+
+def test_only_text_after_the_last_picture_asks(model: Any) -> None:
+    inputs = make_inputs(model, [(3, 2, 4), (2, 1, 6)], gap=3)
+    layout = adapter_for(model).layout(model, inputs["input_ids"], inputs["attention_mask"], inputs)
+    assert asking_rows(layout).sum(1).tolist() == [4, 6]
+    assert asking_rows(layout.grown(layout.length + 2))[:, -2:].sum() == 0
 
 
 @pytest.mark.parametrize("diagnostic", [Entropy(), Drift(objects=False), Credit()], ids=lambda item: item.name)
