@@ -25,7 +25,9 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
 def _by_layer(findings: Findings, folder: Path) -> Path:
     """Boxes of the entropies per layer and type, and the mean mass below."""
     data = findings.data
-    figure, (top, bottom) = figures.grid(2, 1, width=8.0, height=6.4, sharex=True, height_ratios=[3, 2])
+    figure, (top, bottom) = figures.grid(
+        2, 1, width=max(8.0, 0.38 * data["layers"]), height=6.4, sharex=True, height_ratios=[3, 2]
+    )
     shown = [label for label in Label if data["counts"][label.value]]
     width = 0.8 / max(len(shown), 1)
     for index, label in enumerate(shown):
