@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,10 @@ def _print(run: ResolvedRun, console: Console) -> None:
     for key, method in run.methods.items():
         _say(console, f"Fidelity   {key}: {_fidelity(run, key, method)}")
     for key, method in run.methods.items():
-        notes = [f"extra passes: {extra_passes(method.tags)}"]
+        tags = method.tags if method.needs_gradient else dataclasses.replace(method.tags, backwards_per_token=0.0)
+        notes = [f"extra passes: at most {extra_passes(tags)}" if extra_passes(tags) != "none" else "no extra passes"]
         notes += ["needs gradients"] if method.needs_gradient else []
-        notes += ["draws random numbers"] if method.tags.stochastic else []
+        notes += ["may draw random numbers"] if method.tags.stochastic else []
         notes += ["one sample at a time"] if not method.tags.batch else []
         _say(console, f"Cost       {key}: {', '.join(notes)}")
     if any(method.tags.selects_token or method.tags.owns_loop for method in run.methods.values()):
