@@ -223,7 +223,7 @@ def test_plan_shows_points_values_and_sources(capsys: pytest.CaptureFixture[str]
     assert code == 0
     assert "chooser → toy" in out
     assert "32 layers" in out
-    assert "toy: extra passes: 1 forward/sample" in out
+    assert "toy: extra passes: at most 1 forward/sample" in out
     rows = {
         cells[1]: cells for line in out.splitlines() if len(cells := [cell.strip() for cell in line.split("│")]) > 3
     }
