@@ -66,7 +66,7 @@ def diagnose(arguments: Sequence[str], console: Console) -> int:
 def _run(name: str, plugin: type[Diagnostic], overrides: Sequence[str], *, config_only: bool, console: Console) -> int:
     """Compose, check, run, show."""
     from mitigate.compose import compose_run
-    from mitigate.diagnostics.run import check, folder_of, with_diagnostic
+    from mitigate.diagnostics.run import folder_of, with_diagnostic
 
     own = [item.removeprefix(_PREFIX) for item in overrides if item.startswith(_PREFIX)]
     diagnostic = _build(plugin, own)
@@ -79,7 +79,6 @@ def _run(name: str, plugin: type[Diagnostic], overrides: Sequence[str], *, confi
         return OK
     folder = folder_of(resolved, diagnostic)
     check_accelerator(str(resolved.config["trainer"]["accelerator"]), "trainer.accelerator")
-    check(resolved, diagnostic, folder)
     from mitigate.diagnostics.run import diagnose as start
 
     try:

@@ -89,7 +89,7 @@ def test_answers_are_those_of_a_plain_run(capsys: pytest.CaptureFixture[str], he
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = (*OFF, "trainer.batch_size=1")
+    small = (*OFF, "trainer.batch_size=2")
     assert outcome(capsys, "diagnose", "drift", *small, "name=whole")[0] == 0
     made = generating.Generator._batch
     calls: list[int] = []
@@ -105,11 +105,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert code == 130
     assert "the same command goes on from there" in out
     cut = here / "runs" / "diagnose" / "cut"
-    with (cut / "tokens.jsonl").open("a") as file:
-        file.write('{"id": "test-1/capt')  # torn
+    first, _ = (cut / "tokens.jsonl").read_text().splitlines()
+    (cut / "tokens.jsonl").write_text(first + '\n{"id": "test-1/capt')  # killed in the middle of the first batch
     assert json.loads((cut / "summary.json").read_text())["status"] == "running"
     assert outcome(capsys, "diagnose", "drift", *small, "name=cut")[0] == 0
-    assert calls == [0, 1, 1, 2]
+    assert calls == [0, 1, 0, 1]
+    assert len((cut / "tokens.jsonl").read_text().splitlines()) == 3
     whole = json.loads((here / "runs" / "diagnose" / "whole" / "summary.json").read_text())
     assert json.loads((cut / "summary.json").read_text())["findings"] == whole["findings"]
 
@@ -293,6 +294,9 @@ def test_ablation_pairs_every_variant_with_the_stack(capsys: pytest.CaptureFixtu
     assert value["value"] == 0.0
     assert difference["value"] == pytest.approx(-cells["unablated", "recall"][0]["value"])
     assert ("louder: end at once", "pope/mean/f1") in cells
+    for name, token in (("unablated", -1), ("louder-end-at-once", 2)):
+        config = json.loads((folder(here) / "ablation" / name / "config.json").read_text())["config"]
+        assert config["methods"]["louder"]["token"] == token
 
 
 def test_records_survive_the_way_to_disk(tmp_path: Path) -> None:
