@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from sweep_testbed import (
+    CANDIDATES,
     CONTROLS,
     KEPT,
     TARGET,
@@ -24,7 +25,7 @@ from sweep_testbed import (
     Values,
     admissible,
     beats_none,
-    best_of,
+    candidates_of,
     choose,
     difference,
     label_of,
@@ -123,37 +124,28 @@ def _opening(results: Mapping[str, Any]) -> list[str]:
     return [
         "# Results on the embedded testbed",
         flow(
-            "**This is a test bench, not evidence about large models.** The [testbed](testbed.md) is a drawn world "
-            "and a "
-            "model of about two million parameters. A method that does nothing here may work on a model of seven "
-            "billion "
-            "parameters, and the reverse. What the numbers show is whether the methods run, what they change, what "
-            "they "
-            "cost, and whether a comparison here can tell an effect from noise. No number of a paper is on this page."
+            """**This is a test bench, not evidence about large models.** The [testbed](testbed.md) is a drawn world
+            and a model of about two million parameters. A method that does nothing here may work on a model of seven
+            billion parameters, and the reverse. What the numbers show is whether the methods run, what they change,
+            what they cost, and whether a comparison here can tell an effect from noise. No number of a paper is on
+            this page."""
         ),
         flow(
-            f"The page is written by `scripts/results_testbed.py` from the numbers of `scripts/sweep_testbed.py` "
-            f"([results-testbed.json](results-testbed.json), code at {commits}, weights `{test['weights'][-12:]}`); "
-            "its "
-            f"sentences are made from the numbers. Greedy decoding, seed {test['seed']}. All differences are to no "
-            "method "
-            "on the same scenes, with paired 95 % intervals (bootstrap over scenes); a star marks one that excludes "
-            "zero. "
-            f"p-values are corrected after Holm over all rows of a table. Rates are in %, lengths in words."
+            f"""The page is written by `scripts/results_testbed.py` from the numbers of `scripts/sweep_testbed.py`
+            ([results-testbed.json](results-testbed.json), code at {commits}, weights `{test["weights"][-12:]}`); its
+            sentences are made from the numbers. Greedy decoding, seed {test["seed"]}. All differences are to no method
+            on the same scenes, with paired 95 % intervals (bootstrap over scenes); a star marks one that excludes zero.
+            p-values are corrected after Holm over all rows of a table. Rates are in %, lengths in words."""
         ),
         "## How values were chosen",
         flow(
-            f"Every setting of `scripts/sweep_testbed.yaml` ran on {grid['pictures']} {grid['split']} scenes. A "
-            "setting is "
-            f"admissible if neither of {points} falls by more than one point; the admissible one with the lowest "
-            "CHAIR_i "
-            f"is the candidate, the method's default at a tie. Candidates and defaults then ran on all "
-            f"{confirmation['pictures']} {confirmation['split']} scenes (the first {grid['pictures']} of them are "
-            "those of "
-            f"the grid). A candidate replaces the default only if there its interval of CHAIR_i lies below zero, it is "
-            f"admissible, and its CHAIR_i is below the default's. The {test['pictures']} {test['split']} scenes ran "
-            "once, "
-            f"at the end; nothing was chosen on them."
+            f"""Every setting of `scripts/sweep_testbed.yaml` ran on {grid["pictures"]} {grid["split"]} scenes. A
+            setting is admissible if neither of {points} falls by more than one point. Of each method, the {CANDIDATES}
+            admissible settings with the lowest CHAIR_i are candidates. They and the default then ran on all
+            {confirmation["pictures"]} {confirmation["split"]} scenes (the first {grid["pictures"]} of them are those of
+            the grid). There the admissible one with the lowest CHAIR_i replaces the default if its interval of CHAIR_i
+            lies below zero and its CHAIR_i is below that of an admissible default; else the default stays. The
+            {test["pictures"]} {test["split"]} scenes ran once, at the end; nothing was chosen on them."""
         ),
     ]
 
@@ -164,16 +156,15 @@ def _grid(results: Mapping[str, Any]) -> list[str]:
     parts = [
         "## Validation: the grid",
         flow(
-            f"{step['pictures']} scenes, {step['answers']} answers per setting. Without a method: CHAIR_i "
-            f"{metric(none, 'chair_i')}, recall {metric(none, 'recall')}, mean POPE F1 {metric(none, 'pope/mean/f1')}, "
-            f"length {metric(none, 'length')}. **d** marks the method's default, **c** the candidate, – a setting "
-            "that is "
-            f"not admissible; *texts changed* is the share of replies that differ from those without a method."
+            f"""{step["pictures"]} scenes, {step["answers"]} answers per setting. Without a method: CHAIR_i
+            {metric(none, "chair_i")}, recall {metric(none, "recall")}, mean POPE F1 {metric(none, "pope/mean/f1")},
+            length {metric(none, "length")}. **d** marks the method's default, **c** a candidate, – a setting that is
+            not admissible; *texts changed* is the share of replies that differ from those without a method."""
         ),
     ]
     for method, default in results["defaults"].items():
         rows = rows_of(step, method)
-        best = best_of(rows, method, default)
+        best = candidates_of(rows, method)
         keys = list(results["grids"][method])
         header = [*keys, "", "CHAIR_i", "ΔCHAIR_i", "Δrecall", "ΔPOPE F1", "texts changed"]
         lines = [
@@ -188,17 +179,17 @@ def _grid(results: Mapping[str, Any]) -> list[str]:
             ]
             for row in rows
         ]
-        parts += [f"### {method}", table(header, lines), flow(_about_grid(method, rows, default, best))]
+        parts += [f"### {method}", table(header, lines), flow(_about_grid(rows, best))]
     return parts
 
 
-def _marks(row: Row, method: str, default: Values, best: Values) -> str:
+def _marks(row: Row, method: str, default: Values, best: Sequence[Values]) -> str:
     values = values_of(row, method)
-    marks = ["**d**"] * (values == default) + ["**c**"] * (values == best) + ["–"] * (not admissible(row))
+    marks = ["**d**"] * (values == default) + ["**c**"] * (values in best) + ["–"] * (not admissible(row))
     return " ".join(marks)
 
 
-def _about_grid(method: str, rows: Sequence[Row], default: Values, best: Values) -> str:
+def _about_grid(rows: Sequence[Row], best: Sequence[Values]) -> str:
     good, bad = sum(map(admissible, rows)), sum(verdict(row, TARGET) > 0 for row in rows)
     helped = sum(beats_none(row) for row in rows)
     silent = sum(row["effects"]["texts_changed"] == 0 for row in rows)
@@ -209,11 +200,9 @@ def _about_grid(method: str, rows: Sequence[Row], default: Values, best: Values)
     if silent:
         sentences.append(f"{silent} of {len(rows)} changed no reply at all.")
     if not good:
-        sentences.append("None is admissible, so the default stays the candidate.")
-    elif best == default:
-        sentences.append("The candidate is the default.")
+        sentences.append("None is admissible, so the default stays.")
     else:
-        sentences.append(f"The candidate is {label_of('', best).strip()}.")
+        sentences.append(f"Candidates, best first: {'; '.join(label_of('', values).strip() for values in best)}.")
     return " ".join(sentences)
 
 
@@ -227,9 +216,10 @@ def _confirmation(results: Mapping[str, Any]) -> list[str]:
         if chosen != default:
             items.append(f"* `{method}`: {label_of('', chosen).strip()} replaces the default.")
         elif not others:
-            items.append(f"* `{method}`: the default stays; the grid had no better candidate.")
+            items.append(f"* `{method}`: the default stays; the grid had no other candidate.")
         else:
-            items.append(f"* `{method}`: the default stays; the candidate {_failed(others[0], step, method, default)}.")
+            failed = (f"{_setting(row, method)} {_failed(row, step, method, default)}" for row in others)
+            items.append(f"* `{method}`: the default stays; {'; '.join(failed)}.")
     return [
         "## Validation: confirmation and choice",
         f"{step['pictures']} scenes, {step['answers']} answers per row.",
@@ -237,6 +227,10 @@ def _confirmation(results: Mapping[str, Any]) -> list[str]:
         flow("\n".join(items)),
         "Values that replace a default are the `tuned` values of `conf/model/testbed.yaml`.",
     ]
+
+
+def _setting(row: Row, method: str) -> str:
+    return label_of("", values_of(row, method)).strip()
 
 
 def _failed(row: Row, step: Mapping[str, Any], method: str, default: Values) -> str:
@@ -357,8 +351,7 @@ def _summary(rows: Sequence[Row]) -> str:
     holm = sum(verdict(row, TARGET) < 0 and row["differences"][TARGET].get("p_holm", 1.0) < 0.05 for row in rows)
     text = (
         f"Of {len(rows)} rows with methods of papers, {better} lower CHAIR_i beyond the interval ({holm} also after "
-        "Holm's "
-        f"correction), {clean} of them without losing more than a point of recall or POPE F1; {worse} raise it; "
+        f"Holm's correction), {clean} of them without losing more than a point of recall or POPE F1; {worse} raise it; "
         f"{len(rows) - better - worse} cannot be told from no effect."
     )
     if not clean:
@@ -370,13 +363,11 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
     return [
         "## What this does not show",
         flow(
-            "* Nothing about large models, for which the papers were written.\n"
-            "* Nothing about the papers' own code: where a paper is silent or could not be read, the project's "
-            "reading ran.\n"
-            "* A null result here means that a difference, if there is one, is smaller than this many scenes can "
-            "show; the "
-            "intervals say how large it could be.\n"
-            "* One model, one seed, greedy decoding. Values chosen here are chosen for this model alone."
+            """* Nothing about large models, for which the papers were written.
+* Nothing about the papers' own code: where a paper is silent or could not be read, the project's reading ran.
+* A null result here means that a difference, if there is one, is smaller than this many scenes can show; the intervals
+say how large it could be.
+* One model, one seed, greedy decoding. Values chosen here are chosen for this model alone."""
         ),
     ]
 

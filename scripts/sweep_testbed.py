@@ -8,7 +8,7 @@
 Three steps, each of them `mitigate run -m` with its records (nothing finished runs twice):
 
 1. *grid*: all settings of scripts/sweep_testbed.yaml on the first validation scenes.
-2. *confirmation*: per method the default and the best setting of the grid, on all validation scenes.
+2. *confirmation*: per method the default and the three best settings of the grid, on all validation scenes.
 3. *test*: defaults, chosen values, stacks and controls, once, on the test scenes, which nothing was chosen on.
 
 The rule, for the grid and for the confirmation: a setting is admissible if neither the recall of captions nor the
@@ -52,6 +52,8 @@ KEPT = {"recall": -0.01, "pope/mean/f1": -0.01}
 """Metric -> the lowest difference to no method that is still admissible."""
 SHOWN = ("chair_i", "chair_s", "recall", "length", "pope/mean/f1", "pope/mean/accuracy", "pope/mean/yes_rate")
 STEPS = ("grid", "confirmation", "test")
+CANDIDATES = 3
+"""Settings per method that go from the grid to the confirmation."""
 EXTRA_STACKS = {"sgrs+locore": ["sgrs", "locore"], "mission": ["scr", "clva", "dleaf", "locore", "sgrs"]}
 CONTROLS = ("control_random", "control_probe")
 
@@ -117,12 +119,12 @@ def grid_jobs(plan: Plan, common: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def confirmation_jobs(plan: Plan, best: Mapping[str, Values], common: Sequence[str]) -> list[Job]:
-    """Return no method, and per method the default and the grid's best setting."""
+def confirmation_jobs(plan: Plan, best: Mapping[str, Sequence[Values]], common: Sequence[str]) -> list[Job]:
+    """Return no method, and per method the default and the grid's best settings."""
     jobs = [Job("none", {}, compose_run(common))]
     for method in plan.grids:
         default = plan.default(method)
-        for values in [default, *([best[method]] if best[method] != default else [])]:
+        for values in [default, *(values for values in best[method] if values != default)]:
             run = compose_run([*common, f"methods=[{method}]", *given({method: values})])
             jobs.append(Job(label_of(method, values), {method: values}, run))
     return jobs
@@ -232,6 +234,12 @@ def rows_of(step: Mapping[str, Any], method: str) -> list[Row]:
     return [row for row in step["rows"].values() if list(row["methods"]) == [method] == row["stack"]]
 
 
+def candidates_of(rows: Iterable[Row], method: str) -> list[Values]:
+    """Return the admissible settings with the lowest CHAIR_i, at most three, the lowest first."""
+    allowed = sorted((row for row in rows if admissible(row)), key=lambda row: float(row["metrics"][TARGET]))
+    return [values_of(row, method) for row in allowed[:CANDIDATES]]
+
+
 def best_of(rows: Iterable[Row], method: str, default: Values) -> Values:
     """Return the admissible setting with the lowest CHAIR_i, the default at a tie or if none is admissible."""
     allowed = [row for row in rows if admissible(row)]
@@ -262,14 +270,13 @@ def run_steps(plan: Plan, arguments: argparse.Namespace, console: Console) -> di
     defaults = {method: plan.default(method) for method in plan.grids}
     results: dict[str, Any] = {"format": 1, "grids": to_json(plan.grids), "defaults": to_json(defaults)}
     limits = {"grid": plan.limit, "confirmation": arguments.scenes, "test": arguments.scenes}
-    best = chosen = defaults
     for step in STEPS[: STEPS.index(arguments.stop_after) + 1]:
         common = ["tracker=none", f"benchmark.split={'test' if step == 'test' else 'validation'}"]
         common += [] if limits[step] is None else [f"benchmark.limit={limits[step]}"]
         if step == "grid":
             jobs = grid_jobs(plan, common)
         elif step == "confirmation":
-            best = {method: best_of(rows_of(results["grid"], method), method, defaults[method]) for method in defaults}
+            best = {method: candidates_of(rows_of(results["grid"], method), method) for method in defaults}
             jobs = confirmation_jobs(plan, best, common)
         else:
             chosen = {method: choose(results["confirmation"], method, defaults[method]) for method in defaults}
