@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
+    from rich.console import Console
 
     from mitigate.benchmarks.base import Benchmark, Box, Sample
+    from mitigate.compose import ResolvedRun
     from mitigate.core.facts import ModelFacts
     from mitigate.core.method import Method
     from mitigate.core.state import MethodState, Trace
+    from mitigate.runner.single import ModelCache
 
 TASKS = ("auto", "caption", "yes_no", "all")
 
@@ -259,6 +262,18 @@ class Diagnostic:
     def illustrate(self, samples: Sequence[SampleRows], benchmark: Benchmark, folder: Path) -> list[Path]:
         """Draw figures that need the pictures themselves; returns their PNG files."""
         return []
+
+    def follow_up(
+        self,
+        resolved: ResolvedRun,
+        samples: Sequence[SampleRows],
+        folder: Path,
+        *,
+        console: Console,
+        models: ModelCache,
+    ) -> tuple[Findings, list[Path]]:
+        """Measure and draw what needs the model again once all samples are recorded; returns PNG files, too."""
+        return Findings(), []
 
     def params(self) -> dict[str, Any]:
         """Return the parameters by name."""

@@ -138,12 +138,15 @@ def diagnose(
         found = records.read(folder)
         findings = diagnostic.study(found)
         ablation = ablate(resolved, diagnostic, found, folder, console=console, models=models)
+        more, drawn = diagnostic.follow_up(resolved, found, folder, console=console, models=models)
         findings = dataclasses.replace(
             findings,
-            tables=[*findings.tables, *ablation.tables],
-            notes=[*findings.notes, *ablation.notes, *notes_of([resolved])],
+            tables=[*findings.tables, *ablation.tables, *more.tables],
+            data={**findings.data, **more.data},
+            notes=[*findings.notes, *ablation.notes, *more.notes, *notes_of([resolved])],
         )
         figures = [*diagnostic.draw(findings, folder), *diagnostic.illustrate(found, resolved.benchmark, folder)]
+        figures += drawn
         summary = {**header, "status": "finished", **_counts(found), "findings": findings}
         summary["figures"] = [path.name for path in figures]
         write_json(folder / SUMMARY, summary)
