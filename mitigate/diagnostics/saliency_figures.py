@@ -154,7 +154,7 @@ def _interventions(data: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def draw_map(found: TokenMap, title: str, folder: Path, name: str, *, legacy: bool = False) -> Path:
     """Draw attention and saliency of one token side by side, their last rows, and where these come from."""
-    kind = "saliency, the demo scripts' mixture" if legacy else "saliency, rows of length 1"
+    kind = "saliency as in the demo scripts" if legacy else "saliency"
     side = min(5.2, 3.4 + 0.045 * len(found.texts))
     with figures.style():
         figure, axes = figures.grid(
@@ -177,7 +177,7 @@ def _triangle(axes: Axes, values: Any, found: TokenMap, label: str) -> None:
     axes.imshow(shown, cmap="RdPu", vmin=0.0, vmax=top or 1.0, interpolation="nearest", aspect="auto")
     axes.add_patch(Rectangle((-0.5, size - 1.5), size, 1, fill=False, edgecolor="black", linewidth=1.0, clip_on=False))
     axes.grid(visible=False)
-    axes.set_title(f"{label} (picture left out; bar: groups as below)", fontsize=10, pad=12)
+    axes.set_title(f"{label} (no picture columns; bar: groups as below)", fontsize=10, pad=12)
     if size <= _NAMED:
         axes.set_xticks(range(size), found.texts, rotation=90, fontsize=6)
         axes.set_yticks(range(size), found.texts, fontsize=6)
@@ -188,7 +188,15 @@ def _triangle(axes: Axes, values: Any, found: TokenMap, label: str) -> None:
     for place in range(1, size + 1):
         if place == size or found.groups[place] != found.groups[start]:
             color = _GROUP_COLORS[found.groups[start]]
-            axes.plot([start - 0.4, place - 0.6], [-1.2, -1.2], color=color, linewidth=4, clip_on=False)
+            axes.plot(
+                [start - 0.4, place - 0.6],
+                [1.02, 1.02],
+                color=color,
+                linewidth=4,
+                solid_capstyle="butt",
+                clip_on=False,
+                transform=axes.get_xaxis_transform(),
+            )
             start = place
     axes.set_ylim(size - 0.5, -0.5)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
     from mitigate.diagnostics.saliency import Saliency
     from mitigate.runner.single import ModelCache
+
+
+#: Examples are chosen after this many generated tokens, where a reply has such words.
+_SOME_TEXT: Final = 8
 
 
 @dataclass(frozen=True)
@@ -217,13 +221,15 @@ def choose(diagnostic: Saliency, samples: Sequence[SampleRows]) -> list[tuple[Sa
         return [(sample, sample.rows[diagnostic.token])]
     found = []
     for kind in (Label.HALLUCINATED, Label.GROUNDED):
-        fitting = ((item, next((row for row in item.rows if _fits(row, kind)), None)) for item in samples)
+        fitting = ((item, _fitting(item, kind)) for item in samples)
         found += [(item, row) for item, row in fitting if row is not None][: diagnostic.examples]
     return found
 
 
-def _fits(row: TokenRow, kind: Label) -> bool:
-    return row.first and row.label is kind and row.position > 0
+def _fitting(sample: SampleRows, kind: Label) -> TokenRow | None:
+    """Return the first word of a kind with some text before it, if possible."""
+    words = [row for row in sample.rows if row.first and row.label is kind and row.position > 0]
+    return next((row for row in words if row.position >= _SOME_TEXT), words[0] if words else None)
 
 
 def draw_examples(
