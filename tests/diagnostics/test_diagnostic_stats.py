@@ -53,7 +53,7 @@ def test_pearson_is_scipys_and_its_interval_covers() -> None:
     low, high = expected.confidence_interval()
     assert found.low == pytest.approx(low, abs=0.1)
     assert found.high == pytest.approx(high, abs=0.1)
-    assert stats.pearson(x, 1e-7 * y, images, n=100).value == pytest.approx(expected.statistic, abs=1e-9)
+    assert stats.pearson(x, 1e-12 * y, images, n=100).value == pytest.approx(expected.statistic, abs=1e-9)
     binary = (y > 0).astype(float)
     point = scipy_stats.pointbiserialr(binary, x)
     assert stats.pearson(x, binary, images, n=200).value == pytest.approx(point.statistic, abs=1e-9)

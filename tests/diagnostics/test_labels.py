@@ -87,6 +87,9 @@ def test_text_around_the_reply_is_stripped_as_for_scoring() -> None:
     text, spans = offsets(tokens, tokenizer)
     assert text == "cat"
     assert "".join(text[start:stop] for start, stop in spans) == "cat"
+    assert spans[0] == (0, 0)  # a space
+    assert spans[-2][1] == 3  # the last piece of the word, before the last space
+    assert spans[-2][0] < 3
     assert words(pieces(Words(), caption("cat"), tokens, tokenizer), G).replace("|", "") == "cat"
     assert label_tokens(Words(), caption("cat"), tokens, tokenizer).count(G) == sum(
         stop > start for start, stop in spans
