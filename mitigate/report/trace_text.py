@@ -86,8 +86,8 @@ def _section(method: str, records: Sequence[Mapping[str, Any]], known: Known, ev
         groups.setdefault(key, []).append(record)
     names = list(dict.fromkeys(name for record in records for name in record["values"]))
     parallel = _parallel(records)
-    if not every:
-        names = [name for name in names if name not in parallel]
+    nested = [name for name in parallel if every and name != PLACE and _is_nested(records, name)]
+    names = [name for name in names if name not in parallel or name in nested]
     rows = []
     for (step, phase, layer), members in groups.items():
         inside = 0 <= step < len(known.texts)
@@ -111,6 +111,11 @@ def _parallel(records: Sequence[Mapping[str, Any]]) -> list[str]:
             found |= dict.fromkeys(name for name in same if name != CANDIDATES)
             found |= dict.fromkeys(name for name in values if name == PLACE)
     return list(found)
+
+
+def _is_nested(records: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether every candidate has a list of its own, such as a value per layer."""
+    return any(not _flat(record["values"].get(name) or ()) for record in records)
 
 
 def _title(name: str, parallel: Sequence[str]) -> str:
@@ -140,7 +145,7 @@ def value_text(name: str, value: Any, known: Known, step: int) -> str:
     if not value:
         return "none"
     if not _flat(value):
-        return f"list of {len(value)}"
+        return " | ".join(" ".join(map(number, item)) if _is_list(item) else number(item) for item in value)
     if _is_bool(value):
         return f"{sum(value)} of {len(value)}"
     if known.is_over_columns(value, step):

@@ -66,6 +66,13 @@ def test_candidates_show_what_is_known_of_each_and_which_was_chosen() -> None:
     }
 
 
+def test_every_value_shows_what_a_candidate_has_per_layer() -> None:
+    values = {"candidates": [7, 8], "saliency": [0.1, 0.2], "per_layer": [[0.1, 0.25], [math.nan, 0.5]]}
+    (row,) = cells([record("any", 1, **values, chosen_place=0)], every=True)
+    assert row["per layer"] == "0.1 0.25 | – 0.5"
+    assert set(row) == {"step", "token", "layer", "candidates (→ chosen)", "per layer"}
+
+
 def test_layers_are_summed_up_or_listed_one_by_one() -> None:
     records = [
         record("any", 0, layer, "prefill", flagged=layer > 0, mass=0.25 * layer, head=3 - layer, low=[True, layer > 1])

@@ -81,11 +81,11 @@ def test_control_removes_what_position_explains() -> None:
 
 
 def test_pairs_are_nearest_and_used_once() -> None:
-    score = [1.0, 2.0, 4.0, 9.0, 20.0]
-    positive = [False, False, True, True, True]
-    position = [3, 5, 4, 4, 30]
+    score = [1.0, 2.0, 4.0, 9.0, 20.0, 50.0]
+    positive = [False, False, True, True, True, False]
+    position = [3, 5, 4, 4, 30, 33]
     # the first positive takes position 3 (the earlier of two equally near), the second position 5; 30 has no partner
-    found = own.matched_pairs(score, positive, position, list("abcde"), n=100)
+    found = own.matched_pairs(score, positive, position, list("abcdef"), n=100)
     assert found.value == pytest.approx((4 + 9) / 2 - (1 + 2) / 2)
     assert found.n == 4
 
