@@ -29,6 +29,7 @@ from sweep_testbed import (
     choose,
     difference,
     label_of,
+    refused_of,
     rows_of,
     values_of,
 )
@@ -265,6 +266,15 @@ def _test(results: Mapping[str, Any]) -> list[str]:
         if tuned
         else "No default was replaced, so there are no rows with tuned values."
     )
+    refused = {
+        f"{m} (refused)": values for m, values in refused_of(results["confirmation"], results["defaults"]).items()
+    }
+    if refused:
+        settings = listed([f"{label}: {label_of('', values).strip()}" for label, values in refused.items()])
+        note += (
+            f" Rows marked *(refused)* have the setting of the confirmation with the lowest CHAIR_i that beats no method "
+            f"but costs more recall or POPE F1 than the rule allows; they are shown, not used ({settings})."
+        )
     described = [row for label, row in rows.items() if row["stack"] and label not in CONTROLS]
     items = [f"* {_sentence(label, row)}" for label, row in rows.items() if row["differences"]]
     return [
