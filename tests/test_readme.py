@@ -23,7 +23,7 @@ def blocks(language):
 
 def commands():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`(mitigate (?:run|compare|plan|list) [^`]+)`", README)
+    inline = re.findall(r"`(mitigate (?:run|compare|plan|list|diagnose|trace) [^`]+)`", README)
     found = [re.sub(r"\s+#.*", "", line).strip() for line in lines + inline]
     return [line for line in found if line and "sharpen" not in line]
 
@@ -35,6 +35,9 @@ SMALL = ["benchmark.limit=2", "decoding.max_new_tokens=8", "tracker=none"]
 def small(command, folder):
     words = shlex.split(command)
     name = words[1] if words[0] == "mitigate" else "compare"
+    if name in ("diagnose", "trace"):
+        size = [word for word in SMALL if name == "diagnose" or word.startswith("decoding")]
+        return [*words, *size, f"runs_dir={folder}"]
     if name in ("run", "compare"):
         if "-m" in words:
             words = [word for word in words if not word.startswith("benchmark.limit")]
