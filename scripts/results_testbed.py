@@ -56,14 +56,15 @@ def metric(row: Row, name: str) -> str:
     return number(value if value is None or name not in PERCENT else 100 * value)
 
 
-def change(row: Row, name: str) -> str:
+def change(row: Row, name: str, digits: int = 1) -> str:
     """Write a paired difference with its interval; a star where it excludes zero."""
     if not row["differences"]:
         return ""
     found, scale = row["differences"][name], 100 if name in PERCENT else 1
     low, high = scale * found["low"], scale * found["high"]
     star = "*" if verdict(row, name) else ""
-    return f"{number(scale * found['value'], sign=True)}{star} [{number(low, sign=True)}, {number(high, sign=True)}]"
+    value, low, high = (number(each, digits, sign=True) for each in (scale * found["value"], low, high))
+    return f"{value}{star} [{low}, {high}]"
 
 
 def verdict(row: Row, name: str) -> int:
@@ -120,7 +121,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 def _opening(results: Mapping[str, Any]) -> list[str]:
     grid, confirmation, test = (results[step] for step in ("grid", "confirmation", "test"))
-    commits = listed(sorted({row["commit"] for step in (grid, confirmation, test) for row in step["rows"].values()}))
+    commits = listed(sorted({row["commit"] for row in test["rows"].values()}))
     points = listed([NAMES[name] for name in KEPT])
     return [
         "# Results on the embedded testbed",
@@ -133,8 +134,8 @@ def _opening(results: Mapping[str, Any]) -> list[str]:
         ),
         flow(
             f"""The page is written by `scripts/results_testbed.py` from the numbers of `scripts/sweep_testbed.py`
-            ([results-testbed.json](results-testbed.json), code at {commits}, weights `{test["weights"][-12:]}`); its
-            sentences are made from the numbers. Greedy decoding, seed {test["seed"]}. All differences are to no method
+            ([results-testbed.json](results-testbed.json), the test with the code of {commits}, weights
+            `{test["weights"][-12:]}`); its sentences are made from the numbers. Greedy decoding, seed {test["seed"]}. All differences are to no method
             on the same scenes, with paired 95 % intervals (bootstrap over scenes); a star marks one that excludes zero.
             p-values are corrected after Holm over all rows of a table. Rates are in %, lengths in words."""
         ),
@@ -238,10 +239,10 @@ def _failed(row: Row, step: Mapping[str, Any], method: str, default: Values) -> 
     """Say why a candidate was not taken."""
     reasons = []
     if not beats_none(row):
-        reasons.append(f"does not beat no method beyond its interval (CHAIR_i {change(row, TARGET)})")
+        reasons.append(f"does not beat no method beyond its interval (CHAIR_i {change(row, TARGET, 2)})")
     for name, lowest in KEPT.items():
         if difference(row, name) < lowest - 1e-9:
-            reasons.append(f"loses too much {NAMES[name]} ({change(row, name)})")
+            reasons.append(f"loses too much {NAMES[name]} ({change(row, name, 2)})")
     before = next(own for own in rows_of(step, method) if values_of(own, method) == default)
     if not reasons and row["metrics"][TARGET] >= before["metrics"][TARGET]:
         reasons.append(f"has no lower CHAIR_i than the default ({metric(row, TARGET)} and {metric(before, TARGET)})")
@@ -266,14 +267,13 @@ def _test(results: Mapping[str, Any]) -> list[str]:
         if tuned
         else "No default was replaced, so there are no rows with tuned values."
     )
-    refused = {
-        f"{m} (refused)": values for m, values in refused_of(results["confirmation"], results["defaults"]).items()
-    }
+    refused = refused_of(results["confirmation"], results["defaults"])
     if refused:
-        settings = listed([f"{label}: {label_of('', values).strip()}" for label, values in refused.items()])
+        settings = listed([label_of(method, values) for method, values in refused.items()])
         note += (
-            f" Rows marked *(refused)* have the setting of the confirmation with the lowest CHAIR_i that beats no method "
-            f"but costs more recall or POPE F1 than the rule allows; they are shown, not used ({settings})."
+            " Rows marked *(refused)* have the setting of the confirmation with the lowest CHAIR_i that beats no "
+            "method but costs more recall or POPE F1 than the rule allows; they are shown, not used: "
+            f"{settings}."
         )
     described = [row for label, row in rows.items() if row["stack"] and label not in CONTROLS]
     items = [f"* {_sentence(label, row)}" for label, row in rows.items() if row["differences"]]
@@ -281,7 +281,7 @@ def _test(results: Mapping[str, Any]) -> list[str]:
         "## Test",
         flow(f"{step['pictures']} {step['split']} scenes, {step['answers']} answers per row, run once. {note}"),
         table(_HEADER, [_numbers(label, row) for label, row in rows.items()]),
-        "Differences of recall, length and yes-rate, and cost (one measurement each, not to be compared closely):",
+        "Differences of recall, length and yes-rate, and cost (one measurement each, on a shared machine):",
         table(
             ("stack", "Δrecall", "Δlength", "Δyes-rate", "ms per token", "times no method"),
             [
@@ -296,7 +296,7 @@ def _test(results: Mapping[str, Any]) -> list[str]:
                 for label, row in rows.items()
             ],
         ),
-        "What the methods did (a method that did nothing has zeros everywhere):",
+        "What the methods did. A method that did nothing has zeros everywhere; edits of several methods add up:",
         table(
             (
                 "stack",
