@@ -135,9 +135,10 @@ def _opening(results: Mapping[str, Any]) -> list[str]:
         flow(
             f"""The page is written by `scripts/results_testbed.py` from the numbers of `scripts/sweep_testbed.py`
             ([results-testbed.json](results-testbed.json), the test with the code of {commits}, weights
-            `{test["weights"][-12:]}`); its sentences are made from the numbers. Greedy decoding, seed {test["seed"]}. All differences are to no method
-            on the same scenes, with paired 95 % intervals (bootstrap over scenes); a star marks one that excludes zero.
-            p-values are corrected after Holm over all rows of a table. Rates are in %, lengths in words."""
+            `{test["weights"][-12:]}`); its sentences are made from the numbers. Greedy decoding, seed {test["seed"]}.
+            All differences are to no method on the same scenes, with paired 95 % intervals (bootstrap over scenes); a
+            star marks one that excludes zero. p-values are corrected after Holm over all rows of a table. Rates are in
+            %, lengths in words."""
         ),
         "## How values were chosen",
         flow(
