@@ -181,6 +181,8 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if mask is None and pad is not None and pad not in ends:
             mask = (ids != pad).long()  # as generate itself infers it
+        # a row that a stop string has ended shows it by the padding it is fed; all other ends are known without that
+        unseen_ends = bool(config.stop_strings) and not bus.needs_loop
         request = bus.new_request(
             ids,
             mask,
@@ -188,7 +190,7 @@ class Handle:
             seed=seed,
             sample_ids=sample_ids,
             end_tokens=ends,
-            pad_token=pad,
+            pad_token=pad if unseen_ends else None,
             generating=True,
             trace=trace,
         )

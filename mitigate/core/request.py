@@ -62,7 +62,7 @@ class Request:
         self.samples = layout.rows
         self.facts = bus.adapter.facts(bus.model)
         self.end_tokens = torch.tensor(sorted(set(end_tokens)), device=ids.device, dtype=ids.dtype)
-        # a row that is fed padding has been ended by some stopping criterion
+        # given only where a row may end unseen: being fed padding then tells that it has
         fed_when_finished = sorted({*end_tokens, *([] if pad_token is None else [pad_token])})
         self._closing = torch.tensor(fed_when_finished, device=ids.device, dtype=ids.dtype)
         self.finished = torch.zeros(layout.rows, dtype=torch.bool, device=ids.device)

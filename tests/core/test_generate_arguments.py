@@ -265,6 +265,32 @@ def test_rows_ended_by_a_stopping_criterion_are_no_longer_counted(model):
         assert handle.telemetry()[0]["bus"]["forwards"] == 2
 
 
+def test_rows_ended_by_a_stop_string_are_no_longer_counted(model, monkeypatch):
+    """generate makes that criterion itself, so the padding must tell; it is fed one step after the end."""
+    inputs = make_inputs(model, PROMPTS, seed=1)
+    width = inputs["input_ids"].shape[1]
+    monkeypatch.setattr("transformers.generation.utils.StopStringCriteria", lambda **_: Watch(width + 2))
+    with Stack([LocoRE(beta=0.8)]).attach(model) as handle:
+        model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, eos_token_id=EOS, pad_token_id=PAD,
+            stop_strings=["dog"], tokenizer="tokenizer",
+        )  # fmt: skip
+        assert [row["bus"]["forwards"] for row in handle.telemetry()] == [3, 6, 6]
+
+
+@pytest.mark.parametrize("stack", [[LocoRE(beta=0.8)], [SGRS(layers="2-3"), LocoRE(beta=0.8)]])
+def test_a_padding_token_that_the_model_writes_ends_nothing(model, stack):
+    """Only a row that has ended is padded: the same token as part of a reply is one more token."""
+    inputs = make_inputs(model, PROMPTS, seed=1)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with Stack(stack).attach(model) as handle:
+        expected = handle.generate(**inputs, **kwargs, pad_token_id=PAD)
+        reference = counted(handle)
+        written = int(expected[0, -5])
+        assert torch.equal(handle.generate(**inputs, **kwargs, pad_token_id=written), expected)
+        assert counted(handle) == reference
+
+
 def test_uncached_batches_count_like_single_samples():
     """Hidden-state edits of finished samples are neither made nor counted."""
     model = tiny_llava(seed=2)
