@@ -60,6 +60,7 @@ VARIANTS = [
     {"threshold": "fixed", "fixed_threshold": 2.7, "delta": 0.2},
     {"threshold": "fixed", "fixed_threshold": 0.8, "entropy_scale": "normalised", "first_layer": "eligible"},
     {"bas_scope": "sample"},
+    {"bas_scope": "sample", "rows": "all_text"},
     {"bas_scope": "sample", "threshold": "running_mean", "rows": "all_text"},
     {"bas_scope": "sample", "threshold": "ema", "prefill": "none", "layers": "1-4"},
     {"first_layer": "eligible"},
@@ -82,6 +83,7 @@ VARIANTS = [
     {"multi_image": "per_image"},
     {"multi_image": "per_image", "pool_heads": "mean_of_entropies", "rows": "all_text"},
     {"exclude_image_sinks": "outliers", "sink_std": 1.0},
+    {"exclude_image_sinks": "outliers", "sink_std": 1.0, "state_update": "post"},
     {
         "exclude_image_sinks": "outliers",
         "sink_std": 2.0,

@@ -180,6 +180,17 @@ def test_the_confident_steps_above_exist():
         assert 0 < skipped < sum(sample["sgrs"]["steps"] for sample in telemetry)
 
 
+def test_a_certain_token_is_scored_unless_told_otherwise():
+    """A probability that rounds to 1 is not above the default of `skip_above`."""
+    model = tiny_llava(seed=3)
+    model.lm_head.weight.mul_(1000.0)
+    inputs = make_inputs(model, PROMPTS[:2], seed=3)
+    for values, counter in (({}, "gated"), ({"skip_above": 0.99}, "skipped")):
+        _, telemetry, traces = generate(model, [SGRS(**LAYERS, **values)], inputs)
+        assert [step["probabilities"][0] for step in steps_of(traces, 0)] == [1.0] * 6
+        assert [sample["sgrs"][counter] for sample in telemetry] == [6.0, 6.0]
+
+
 @pytest.mark.usefixtures("classes")
 def test_every_option_makes_a_difference():
     """A switch the comparison above could not tell apart would prove nothing: each changes tokens or scores."""
@@ -340,6 +351,7 @@ def test_logits_processors_of_the_caller_are_respected(model):
         method = SGRS(alpha=5.0, top_k=3, **values, **LAYERS)
         tokens, telemetry, _ = generate(model, [method], inputs, steps=3, suppress_tokens=only)
         assert set(tokens.flatten().tolist()) == {42}
+        assert all(sample["sgrs"]["tokens_changed"] == 0 for sample in telemetry)  # greedy is under the same ban
         assert all(sample["sgrs"]["rejections"] <= 2 for sample in telemetry)  # one candidate: nothing else to reject
 
 
