@@ -88,8 +88,8 @@ class SCR(Method):
         ``per_tile_k`` (`k_src` in each tile), ``stitched`` (one raster across the seams) or ``thumbnail_only``. Not in
         the paper.
     multi_image
-        Several images in a prompt: ``independent`` (`k_src` for each) or ``pooled`` (`k_src` for all together). Not in
-        the paper.
+        Several images in a prompt: ``independent`` (`k_src` for each) or ``pooled`` (`k_src` for all together); the
+        same with ``per_tile_k``. Not in the paper.
     cache_per_image
         Reuse an image's first ranking for other questions about it: saves passes, but results then depend on the order
         of the questions. Not in the paper.

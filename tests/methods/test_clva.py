@@ -648,6 +648,17 @@ def test_counters_and_trace_say_what_happened(model):
     assert any(abs(value) > 0.01 for entry in edits for value in entry.values["bias"][0])
 
 
+def test_a_sample_s_gate_does_not_depend_on_others(model):
+    """The mean is over the sample's own pictures, however many another sample has."""
+    method = CLVA(**STRONG, gate="bhattacharyya", multi_image="per_image")
+    inputs = make_inputs(model, PROMPTS, seed=7)
+    _, together = generate(model, method, inputs, steps=1)
+    for row, sample in enumerate(split_rows(inputs, 6)):
+        alone = {name: value for name, value in sample.items() if value is not None}
+        counted = generate(model, method, alone, steps=1)[1][0]["clva"]
+        assert counted.get("gate", 0.0) == pytest.approx(together[row]["clva"]["gate"], abs=1e-5)
+
+
 def test_image_mass_grows_or_stays(model):
     inputs = make_inputs(model, PROMPTS[:1], seed=7)
     for values, grows in [({}, True), ({"mass": "preserve"}, False), ({"operator": "prob_mix"}, False)]:
@@ -832,3 +843,16 @@ def test_rows_without_anchors_or_noise_keep_their_weights_bit_for_bit():
     new, _ = CLVA(operator="prob_mix").pull.mixed(weights[..., :7], Maps(columns, zero, zero, anchors, zero))
     assert torch.equal(new[:, :, 0], weights[:, :, 0, :7])
     assert (new[:, :, 1, 3] > weights[:, :, 1, 3]).all()
+
+
+def test_a_closed_gate_keeps_weights_bit_for_bit():
+    """Where the deep map is the middle one, nothing is mixed in and nothing is rounded anew."""
+    columns, zero = torch.ones(1, 1, 1, 7, dtype=torch.bool), torch.zeros(1, 1, 1, 7)
+    weights = torch.rand(1, 1, 1, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)[..., :7]
+    noise, anchors, penalty = zero.clone(), zero.clone(), zero.clone()
+    noise[..., 0] = anchors[..., 3] = penalty[..., 0] = 1.0
+    maps = Maps(columns, noise, weights / weights.sum(), anchors, penalty)
+    for gate, same in (("bhattacharyya", True), ("none", False)):
+        new, found = CLVA(operator="prob_mix", gate=gate).pull.mixed(weights, maps)
+        assert torch.equal(new, weights) is same
+        assert float(found) == float(not same)

@@ -119,6 +119,7 @@ SWITCHES = [
     {"text_queries": "last"},
     {"head_fraction": 0.5},
     {"head_fraction": 0.2, "text_queries": "last", "multi_image": "pooled"},
+    {"head_fraction": 0.3},  # 1.2 of 4 heads are 2
     {"multi_image": "pooled", "k_src": 6},
     {"source_selection": "random"},
     {"source_selection": "random", "multi_image": "pooled", "k_src": 5, "exclude_border": False},

@@ -10,7 +10,7 @@ import torch
 
 from mitigate.adapters.llava import LlavaAdapter
 from mitigate.core import Fidelity, ModelFacts
-from mitigate.core.layout import ImageSpan
+from mitigate.core.layout import ImageSpan, TokenLayout
 from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError
 from mitigate.methods.scr import SCR
@@ -314,6 +314,25 @@ def test_image_in_one_chunk_of_the_prompt(model):
     assert counted[0]["scr"]["norm_growth_visual"] == pytest.approx(again[0]["scr"]["norm_growth_visual"])
 
 
+def test_image_in_a_later_chunk_of_the_prompt(model):
+    """Chunks before the picture have nothing to edit."""
+    inputs = make_inputs(model, [(40, 1, 6)], seed=1)
+    whole, counted = generate(model, variant("random"), inputs)
+    chunked, again = generate(model, variant("random"), inputs, prefill_chunk_size=40)
+    assert torch.equal(whole.sequences, chunked.sequences)
+    torch.testing.assert_close(whole.logits[0], chunked.logits[0], rtol=0, atol=1e-4)
+    assert counted[0]["scr"]["tokens_edited"] == again[0]["scr"]["tokens_edited"] > 0
+
+
+def test_text_between_the_parts_of_a_picture_does_not_vote():
+    """Frames with words between them: who asks about a picture comes after its last token."""
+    roles = torch.tensor([[1, *[2] * 9, 3, *[2] * 9, 3, 3]], dtype=torch.int8)
+    spans = tuple(ImageSpan(0, torch.arange(start, start + 9), (3, 3), start + 9) for start in (1, 11))
+    layout = TokenLayout(roles, (spans,), 22)
+    _, ranking, *_ = SCR().subscriptions(FACTS)
+    assert ranking.rows(layout).nonzero()[:, 1].tolist() == [20, 21]
+
+
 # ------------------------------------------------------------------------------------------------------------- sharing
 
 
@@ -362,10 +381,11 @@ def test_the_same_image_twice_in_a_batch_is_ranked_once(model):
     assert values["sources"][0] == values["sources"][1]
 
 
-def test_rankings_of_different_settings_are_not_shared(model):
+@pytest.mark.parametrize("other", [{"text_queries": "last"}, {"head_fraction": 0.25}, {"diagnostic_layers": "5"}])
+def test_rankings_of_different_settings_are_not_shared(model, other):
     row = questions(model)[0]
     methods = {"a": SCR(lam=1.5, k_src=4, cache_per_image=True)}
-    methods["b"] = dataclasses.replace(methods["a"], text_queries="last")
+    methods["b"] = dataclasses.replace(methods["a"], **other)
     with Stack(methods).attach(model) as handle:
         handle.generate(**row, max_new_tokens=1, pad_token_id=PAD, trace=True)
         first, second = (trace.values["sources"] for trace in handle.trace())
