@@ -168,11 +168,17 @@ def token_map(
     target: int,
     layers: Sequence[int],
     kind: str,
+    methods: Mapping[str, Method] | None = None,
 ) -> TokenMap:
-    """Compute the maps of the token ``target`` that follows ``written``, one sample."""
+    """Compute the maps of the token ``target`` that follows ``written``, one sample; with methods: under them."""
+    from mitigate.diagnostics.saliency_stack_maps import under_stack
+
     whole = forced(inputs, written)
     asked = sorted({*layers, 0}) if kind == "legacy_demo" else list(layers)
-    parts = attention_and_gradients(loaded, whole, target, asked)
+    if methods:
+        parts = under_stack(loaded, inputs, written, target, asked, methods)
+    else:
+        parts = attention_and_gradients(loaded, whole, target, asked)
     layout = loaded.adapter.layout(loaded.model, inputs["input_ids"], inputs.get("attention_mask"), inputs)
     roles = layout.grown(whole["input_ids"].shape[1]).roles[0]
     keep = ((roles != Role.IMAGE) & (roles != Role.PAD)).nonzero().flatten()
@@ -235,9 +241,10 @@ def _fitting(sample: SampleRows, kind: Label) -> TokenRow | None:
 def draw_examples(
     diagnostic: Saliency, resolved: ResolvedRun, samples: Sequence[SampleRows], folder: Path, *, models: ModelCache
 ) -> tuple[list[Path], list[str]]:
-    """Draw the maps of example words, with the plain model over the recorded text; return PNG files and notes."""
+    """Draw the maps of example words over the recorded text, without and with the stack; return PNGs and notes."""
     from mitigate.core import parse_layers
     from mitigate.diagnostics.saliency_figures import draw_map
+    from mitigate.diagnostics.saliency_stack_maps import acting
 
     chosen = choose(diagnostic, samples)
     for stale in (*folder.glob("map-*.png"), *folder.glob("map-*.svg")):
@@ -247,22 +254,33 @@ def draw_examples(
     loaded = models.get(resolved.config["model"])
     layers = parse_layers(diagnostic.layers, loaded.facts.layers, name="diagnostic.layers")
     known = {sample.id: sample for sample in resolved.benchmark.samples()}
+    legacy = diagnostic.maps != "paper"
+    stack, choosing = acting(resolved.methods, loaded.facts)
+    # the demo scripts mix in scores before the softmax, which most methods never touch
+    kinds: dict[str, Mapping[str, Method]] = {"": {}, "-with-stack": stack} if stack and not legacy else {"": {}}
     figures = []
     for number, (item, row) in enumerate(chosen, start=1):
         sample = known[item.id]
         inputs = loaded.inputs([sample.prompt], [resolved.benchmark.images(sample)])
         written = [earlier.token for earlier in item.rows[: row.position]]
-        found = token_map(loaded, inputs, written, row.token, layers, diagnostic.maps)
         title = f"{item.id}, token {row.position}: {row.text.strip() or 'end'!r} ({row.label.value})"
-        figures.append(
-            draw_map(found, title, folder, f"map-{number:02d}-{row.label.value}", legacy=diagnostic.maps != "paper")
-        )
+        for suffix, methods in kinds.items():
+            found = token_map(loaded, inputs, written, row.token, layers, diagnostic.maps, methods)
+            shown = f"{title}, with {' + '.join(methods) or 'no method'}" if resolved.methods else title
+            name = f"map-{number:02d}-{row.label.value}{suffix}"
+            figures.append(draw_map(found, shown, folder, name, legacy=legacy))
+    return figures, _map_notes(legacy, stack, choosing)
+
+
+def _map_notes(legacy: bool, stack: Mapping[str, Method], choosing: Sequence[str]) -> list[str]:
     notes = []
-    if resolved.methods:
-        notes.append("Maps show the model without the stack, reading the text that the stack wrote.")
-    if diagnostic.maps != "paper":
+    if choosing:
+        notes.append(f"Maps are without {', '.join(choosing)}: choosing tokens changes no attention to a given text.")
+    if legacy:
         notes.append("maps=legacy_demo mixes layer 0's gradients with all layers' scores: for comparing pictures only.")
-    return figures, notes
+    if legacy and stack:
+        notes.append("maps=legacy_demo shows the model without the stack, reading the text that the stack wrote.")
+    return notes
 
 
 def strip(values: Array) -> Array:

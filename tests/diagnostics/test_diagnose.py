@@ -140,6 +140,30 @@ def test_stacks_are_watched_and_compared(capsys: pytest.CaptureFixture[str], her
     assert (abs(ratio[-1]["value"] - 1.0) > 1e-4) == ("scr" in stack)
 
 
+def test_saliency_from_end_to_end(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    argv = (*OFF, "methods=[locore]", "diagnostic.candidates=2", "diagnostic.examples=1", "decoding.max_new_tokens=40")
+    more = ("diagnostic.interventions=true", "diagnostic.gains=[0.4]", "benchmark.tasks=[chair]", "benchmark.limit=4")
+    code, _, err = outcome(capsys, "diagnose", "saliency", *argv, *more)
+    assert (code, err) == (0, "")
+    made = folder(here)
+    summary = json.loads((made / "summary.json").read_text())
+    assert min(summary["words"].values()) > 0
+    tables = {table["name"]: table["rows"] for table in summary["findings"]["tables"]}
+    assert {"means", "separation", "effects", "bins_diagonal", "by_layer", "flow", "direct"} <= set(tables)
+    assert {line[0] for line in tables["interventions"]} == {"x 0.4", "x 1"}
+    assert sum(line[1] for line in tables["bins_diagonal"]) == (
+        summary["words"]["grounded"] + summary["words"]["hallucinated"]
+    )
+    maps = {name for name in summary["figures"] if name.startswith("map-")}
+    kinds = ("01-hallucinated", "02-grounded")
+    assert maps == {f"map-{kind}{suffix}.png" for kind in kinds for suffix in ("", "-with-stack")}
+    for name in summary["figures"]:
+        assert (made / name).stat().st_size > 10_000
+        assert (made / name).with_suffix(".svg").exists()
+    (first,) = (line for line in (made / "tokens.jsonl").read_text().splitlines()[:1])
+    assert len(json.loads(first)["tokens"][0]["measures"]["exact"]) == 3
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_yes_no_answers_are_diagnosed_when_asked(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert outcome(capsys, "diagnose", "entropy", *OFF, "diagnostic.tasks=yes_no")[0] == 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from mitigate.adapters import LoadedModel, adapter_for
+from mitigate.core import Access, AttentionProbs, Fidelity, Method, ModelFacts, Point, Subscription, Tags
 from mitigate.core.stack import Stack
 from mitigate.diagnostics import saliency_maps
 from mitigate.diagnostics.saliency import Saliency, SaliencyObserver
 from mitigate.diagnostics.saliency_interventions import TextGain
+from mitigate.diagnostics.saliency_stack_maps import under_stack
 from mitigate.errors import ConfigError
 from tests.references import naive_sgrs
 from tests.references.runs import warm_model
@@ -161,6 +164,57 @@ def test_maps_are_those_of_the_equations(model: Any, mapped: Any) -> None:
     image = ids[0] == model.config.image_token_id
     share = float(whole[-1][image].sum() / whole[-1].sum())
     assert found.last["saliency"]["image"] == pytest.approx(share, rel=1e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fade(Method):
+    """Halves the attention of predicting rows to the three columns before them."""
+
+    name: ClassVar[str] = "fade"
+    summary: ClassVar[str] = "halves attention"
+    fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
+    tags: ClassVar[Tags] = Tags(writes=frozenset({Point.ATTENTION_PROBS}))
+
+    def subscriptions(self, model: ModelFacts) -> list[Subscription]:
+        return [Subscription(point=Point.ATTENTION_PROBS, access=Access.WRITE, layers=(1, 2))]
+
+    def on_attention_probs(self, event: AttentionProbs, state: Any) -> torch.Tensor:
+        keys = torch.arange(event.probs.shape[-1])
+        near = (keys < event.rows[:, None]) & (keys >= event.rows[:, None] - 3)
+        return torch.where(near, 0.5 * event.probs, event.probs)
+
+
+def test_maps_under_a_stack_are_those_of_the_edited_pass(model: Any, mapped: Any) -> None:
+    plain, _, ids, target = mapped
+    inputs = make_inputs(model, [(3, 1, 4)])
+    found = saliency_maps.token_map(loaded(model), inputs, [50, 60], target, LAYERS, "paper", {"fade": Fade()})
+
+    def edit(layer: int, probs: torch.Tensor) -> torch.Tensor:
+        edited = probs.clone()
+        for query in range(inputs["input_ids"].shape[1] - 1, probs.shape[1]) if layer in (1, 2) else ():
+            edited[:, query, query - 3 : query] *= 0.5
+        return edited.detach().requires_grad_() if not edited.requires_grad else edited
+
+    out = full_forward(model, ids, inputs["pixel_values"], collect=True, leaves=True, probs_edit=edit)
+    keep = (ids[0] != model.config.image_token_id).nonzero().flatten()
+    weights = [out.probs[layer] for layer in LAYERS]
+    gradients = torch.autograd.grad(-out.logits[-1].log_softmax(-1)[target], weights, retain_graph=True)
+    maps = []
+    for a, g in zip(weights, gradients, strict=True):
+        summed = (a * g).abs().sum(0).tril().detach()
+        maps.append(summed / summed.norm(dim=1, keepdim=True).clamp_min(1e-30))
+    attention = torch.stack([a.mean(0) for a in weights]).mean(0).detach()
+    np.testing.assert_allclose(found.attention, attention[keep][:, keep], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.saliency, torch.stack(maps).mean(0)[keep][:, keep], rtol=5e-3, atol=1e-4)
+    assert not np.allclose(found.saliency[-1], plain.saliency[-1], rtol=0.05)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_maps_with_the_watcher_alone_are_the_plain_ones(model: Any, mapped: Any) -> None:
+    inputs = make_inputs(model, [(3, 1, 4)])
+    parts = under_stack(loaded(model), inputs, [50, 60], 33, LAYERS, {})
+    keep = (mapped[2][0] != model.config.image_token_id).nonzero().flatten()
+    np.testing.assert_allclose(saliency_maps.paper_map(parts)[keep][:, keep], mapped[0].saliency, rtol=5e-3, atol=1e-4)
 
 
 def test_the_demo_scripts_mixture(model: Any, mapped: Any) -> None:
