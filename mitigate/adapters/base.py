@@ -120,6 +120,13 @@ class Adapter(ABC):
         roles[image_tokens] = int(Role.IMAGE)
         return TokenLayout(roles, tuple(rows), ids.shape[1])
 
+    def positions(self, mask: Tensor) -> Tensor:
+        """Return the position ids of a left-padded batch, ``[B, L]`` for a mask ``[B, L]``: text and images in one line.
+
+        A family whose positions depend on the images (rows and columns of a picture) overrides this.
+        """
+        return (mask.long().cumsum(1) - 1).clamp_min(0)
+
     def whole_prompt(self, inputs: Mapping[str, Any], request: Request) -> dict[str, Any]:
         """Turn the inputs of the first forward into those of a cacheless pass over the whole prompt.
 
@@ -144,7 +151,7 @@ class Adapter(ABC):
             **kept,
             "input_ids": request.ids[:, :length],
             "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+            "position_ids": self.positions(mask),
             "use_cache": False,
             "logits_to_keep": 1,
             "return_dict": True,

@@ -144,7 +144,7 @@ def _pass(bus: HookBus, request: Request, state: MethodState, start: int, rows: 
     inputs = {
         "input_ids": request.ids[:, start:stop],
         "attention_mask": valid,
-        "position_ids": (valid.cumsum(1) - 1).clamp_min(0)[:, start:],
+        "position_ids": bus.adapter.positions(valid)[..., start:],
         "past_key_values": cache,
         "use_cache": True,
         "return_dict": True,
