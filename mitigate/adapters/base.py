@@ -121,7 +121,7 @@ class Adapter(ABC):
         return TokenLayout(roles, tuple(rows), ids.shape[1])
 
     def positions(self, mask: Tensor) -> Tensor:
-        """Return the position ids of a left-padded batch, ``[B, L]`` for a mask ``[B, L]``: text and images in one line.
+        """Return the position ids ``[B, L]`` of a left-padded batch with mask ``[B, L]``: text and images in one line.
 
         A family whose positions depend on the images (rows and columns of a picture) overrides this.
         """
