@@ -83,7 +83,8 @@ def test_experiments_compose_and_say_what_to_expect(experiment: str) -> None:
 
 def test_the_default_comparison() -> None:
     runs = compose_comparison()
-    assert [run.stack_name for run in runs] == ["none", "locore", "scr", "sgrs", "sgrs+locore"]
+    singles = ["locore", "scr", "dleaf", "clva", "sgrs"]
+    assert [run.stack_name for run in runs] == ["none", *singles, "sgrs+locore", "mission"]
 
 
 @pytest.mark.parametrize("model", names("model"))
