@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from mitigate.benchmarks.base import Sample
     from mitigate.compose import ResolvedRun
     from mitigate.core import TokenChosen
     from mitigate.runner.single import ModelCache
@@ -159,6 +160,9 @@ class Saliency(Diagnostic):
         Factors of the interventions.
     gain_window
         How many of the latest text tokens the factor applies to; 0: all.
+    gain_above
+        Apply the factor only to generated tokens whose own saliency was above this when they were chosen; 0: to all
+        text. The paper names 0.45 for its models.
     """
 
     name: ClassVar[str] = "saliency"
@@ -172,6 +176,7 @@ class Saliency(Diagnostic):
         "interventions",
         "gains",
         "gain_window",
+        "gain_above",
     }
 
     layers: str = "0.1875-0.25"
@@ -185,16 +190,24 @@ class Saliency(Diagnostic):
     interventions: bool = False
     gains: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2, 1.2, 1.5)
     gain_window: int = 0
+    gain_above: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for parameter in ("candidates", "examples", "gain_window"):
+        for parameter in ("candidates", "examples", "gain_window", "gain_above"):
             self.require(getattr(self, parameter) >= 0, parameter, "not be negative")
         self.require(self.candidates != 1, "candidates", "be 0 or at least 2: one candidate has no rank")
         self.require(self.bins >= 1, "bins", "be at least 1")
         self.require(self.maps in ("paper", "legacy_demo"), "maps", "be paper or legacy_demo")
         self.require(all(gain >= 0 for gain in self.gains), "gains", "not be negative")
         self.require((self.token >= 0) == bool(self.sample), "token", "be given together with diagnostic.sample")
+
+    def choose(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Refuse a sample to draw that is not among those generated, before anything is."""
+        chosen = super().choose(samples)
+        known = not self.sample or any(sample.id == self.sample for sample in chosen)
+        self.require(known, "sample", "be the id of a sample of this run, such as " + chosen[0].id)
+        return chosen
 
     def check_model(self, facts: ModelFacts) -> None:
         """Refuse layers the model does not have."""

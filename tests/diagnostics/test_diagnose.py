@@ -188,6 +188,10 @@ def test_yes_no_answers_are_diagnosed_when_asked(capsys: pytest.CaptureFixture[s
         (["entropy", "benchmark.tasks=[pope]", "diagnostic.tasks=caption"], "name a task of this benchmark"),
         (["drift", "diagnostic.early=5-6"], "must follow one another"),
         (["drift", "diagnostic.deep=70-90"], "diagnostic.deep"),
+        (
+            ["saliency", "diagnostic.sample=a", "diagnostic.token=1"],
+            "be the id of a sample of this run",
+        ),
         (["credit", "diagnostic.layers=9-99"], "diagnostic.layers"),
         (["entropy", "benchmark.limt=2"], "did you mean 'limit'?"),
         (["benchmark.limit=2"], "name of a diagnostic first"),

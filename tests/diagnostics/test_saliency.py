@@ -15,7 +15,7 @@ from mitigate.core import Access, AttentionProbs, Fidelity, Method, ModelFacts, 
 from mitigate.core.stack import Stack
 from mitigate.diagnostics import saliency_maps
 from mitigate.diagnostics.saliency import Saliency, SaliencyObserver
-from mitigate.diagnostics.saliency_interventions import TextGain
+from mitigate.diagnostics.saliency_interventions import SaliencyMarks, TextGain
 from mitigate.diagnostics.saliency_stack_maps import under_stack
 from mitigate.errors import ConfigError
 from tests.references import naive_sgrs
@@ -130,6 +130,51 @@ def test_the_gain_scales_attention_to_earlier_text_only(model: Any, window: int)
         whole = out.sequences[:, : prompt + step]
         wanted = full_forward(model, whole, pixels, probs_edit=edit).logits[-1]
         torch.testing.assert_close(out.logits[step][0], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gain_may_be_limited_to_tokens_of_high_saliency(model: Any) -> None:
+    inputs = make_inputs(model, [(3, 1, 4)])
+    pixels, prompt = inputs["pixel_values"], inputs["input_ids"].shape[1]
+
+    def run(above: float) -> tuple[Any, list[bool], list[float]]:
+        methods = {
+            "marks": SaliencyMarks(above=above, layers="1,3"),
+            "gain": TextGain(gain=0.2, marked_by="marks"),
+            "observer": SaliencyObserver(layers=LAYERS, candidates=0),
+        }
+        with Stack(methods).attach(model) as handle:
+            out = handle.generate(
+                **inputs,
+                max_new_tokens=4,
+                do_sample=False,
+                pad_token_id=PAD,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            request = handle.bus.last_request
+            seen = [step["diagonal"] for step in Saliency().measure(request.state("observer"), 0)]
+            return out, [bool(marks[0]) for marks in request.state("marks").marks], seen
+
+    _, none, seen = run(1.0)
+    assert none == [False] * 4
+    middle = sorted(seen[:3])[1]
+    out, marked, seen = run(middle * 0.999)
+    assert marked == [value > middle * 0.999 for value in seen]
+    assert len(set(marked[:3])) == 2
+
+    def edit(layer: int, probs: torch.Tensor) -> torch.Tensor:
+        edited = probs.clone()
+        for query in range(prompt - 1, probs.shape[1]):
+            for place, high in enumerate(marked):
+                if high and prompt + place < query:
+                    edited[:, query, prompt + place] *= 0.2
+        return edited
+
+    for step in range(4):
+        wanted = full_forward(model, out.sequences[:, : prompt + step], pixels, probs_edit=edit).logits[-1]
+        torch.testing.assert_close(out.logits[step][0], wanted, rtol=1e-3, atol=1e-4)
+    plain = full_forward(model, out.sequences[:, : prompt + 3], pixels).logits[-1]
+    assert not torch.allclose(out.logits[3][0], plain, atol=1e-3) or not any(marked[:2])
 
 
 def loaded(model: Any) -> LoadedModel:
