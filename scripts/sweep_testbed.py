@@ -14,7 +14,8 @@ Three steps, each of them `mitigate run -m` with its records (nothing finished r
 The rule, for the grid and for the confirmation: a setting is admissible if neither the recall of captions nor the
 mean POPE F1 falls by more than one point against no method; among the admissible ones the lowest CHAIR_i wins, the
 default at a tie. It replaces the default only if on all validation scenes its paired 95 % interval of CHAIR_i lies
-below zero and it has a lower CHAIR_i than the default.
+below zero and it has a lower CHAIR_i than the default. A default that is not admissible itself gives way to the
+admissible setting with the lowest CHAIR_i, whether or not that one beats no method: it does less harm.
 
 The result is results.json in the folder; scripts/results_testbed.py makes the page of it.
 """
@@ -264,8 +265,11 @@ def beats_none(row: Row) -> bool:
 
 
 def choose(confirmation: Mapping[str, Any], method: str, default: Values) -> Values:
-    """Return what the rule makes of the confirmation: a setting other than the default must have earned its place."""
-    rows = [row for row in rows_of(confirmation, method) if values_of(row, method) == default or beats_none(row)]
+    """Return what the rule makes of the confirmation: another setting must earn its place, unless the default harms."""
+    rows = rows_of(confirmation, method)
+    harmless = any(values_of(row, method) == default and admissible(row) for row in rows)
+    if harmless:
+        rows = [row for row in rows if values_of(row, method) == default or beats_none(row)]
     return best_of(rows, method, default)
 
 

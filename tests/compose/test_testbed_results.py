@@ -91,6 +91,9 @@ def test_the_rule_of_the_confirmation() -> None:
     assert chosen(row(0.1, f1=-0.02, beta=1), row(0.15, -0.06, -0.01, beta=2)) == {"beta": 2}  # a default that fails
     assert chosen(row(0.14, -0.06, -0.01, beta=1), row(0.15, -0.06, -0.01, beta=2)) == DEFAULT
     assert chosen(default) == DEFAULT
+    harmful = row(0.25, recall=-0.3, beta=1)
+    assert chosen(harmful, row(0.2, beta=2), row(0.19, beta=3)) == {"beta": 3}  # no harm is enough then
+    assert chosen(harmful, row(0.2, recall=-0.2, beta=2)) == DEFAULT
 
 
 def test_settings_that_beat_none_but_are_refused_are_shown() -> None:
