@@ -150,6 +150,8 @@ class StackModule(lightning.LightningModule):
 
     def predict_step(self, data: tuple[Batch, list[list[Image]]], batch_idx: int) -> None:
         """Generate one batch and append the records that are missing."""
+        if self.trainer.received_sigterm:  # Lightning only notes the signal; a scheduler expects the run to end
+            raise KeyboardInterrupt
         batch, images = data
         inputs = self.loaded.inputs([sample.prompt for sample in batch.samples], images)
         ids = [sample.id for sample in batch.samples]

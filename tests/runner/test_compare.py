@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -250,6 +251,28 @@ def test_ctrl_c_detaches_says_how_to_go_on_and_is_passed_on(
     assert "Interrupted" in out
     assert "the same command goes on" in out
     assert RunRecord.read(tmp_path / "c" / "none").status == "running"
+
+
+def test_a_schedulers_signal_ends_the_run_as_ctrl_c_does(
+    loads: list[str], loaded: FakeLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning notes SIGTERM and goes on; a finished batch is kept, and the run ends before the next one."""
+    plain = loaded.model.generate
+
+    def generate(**kwargs: Any) -> Any:
+        if len(loaded.model.calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(**kwargs)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(tmp_path / "c")
+    assert len(loaded.model.calls) == 3
+    assert len(read_samples(tmp_path / "c" / "none")) == 6  # the batch that ran was recorded
+    monkeypatch.setattr(loaded.model, "generate", plain)
+    quiet(tmp_path / "c")
+    quiet(tmp_path / "undisturbed")
+    assert numbers(tmp_path / "c") == numbers(tmp_path / "undisturbed")
 
 
 class Gradient(FakeMethod):
