@@ -31,9 +31,13 @@ STACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "locore": [("locore", {})],
     "locore (logit_bias)": [("locore", {"mode": "logit_bias"})],
     "scr": [("scr", {})],
+    "dleaf": [("dleaf", {})],
+    "clva": [("clva", {})],
     "sgrs": [("sgrs", {})],
     "sgrs (deep layers)": [("sgrs", {"layers": "0.75-0.875"})],
+    "sgrs (direct gradient)": [("sgrs", {"gradient": "direct"})],
     "sgrs+locore": [("sgrs", {}), ("locore", {})],
+    "all five": [("scr", {}), ("clva", {}), ("dleaf", {}), ("locore", {}), ("sgrs", {})],
 }
 
 
