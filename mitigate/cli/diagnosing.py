@@ -66,6 +66,7 @@ def diagnose(arguments: Sequence[str], console: Console) -> int:
 def _run(name: str, plugin: type[Diagnostic], overrides: Sequence[str], *, config_only: bool, console: Console) -> int:
     """Compose, check, run, show."""
     from mitigate.compose import compose_run
+    from mitigate.compose.checks import check_family
     from mitigate.diagnostics.run import folder_of, with_diagnostic
 
     own = [item.removeprefix(_PREFIX) for item in overrides if item.startswith(_PREFIX)]
@@ -77,6 +78,7 @@ def _run(name: str, plugin: type[Diagnostic], overrides: Sequence[str], *, confi
         config = {**resolved.config, "diagnostic": {"name": name, **diagnostic.params()}}
         _say(console, OmegaConf.to_yaml(OmegaConf.create(config)))
         return OK
+    check_family(resolved.config, resolved.facts)
     folder = folder_of(resolved, diagnostic)
     check_accelerator(str(resolved.config["trainer"]["accelerator"]), "trainer.accelerator")
     from mitigate.diagnostics.run import diagnose as start

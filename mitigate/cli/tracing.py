@@ -63,9 +63,11 @@ def trace(arguments: Sequence[str], console: Console) -> int:
     if any(not out for out in outs):
         raise ConfigError("out= needs a folder: out=FOLDER")
     from mitigate.compose import compose_run
+    from mitigate.compose.checks import check_family
 
     picture = read_picture(name)
     resolved = compose_run([item for item in rest if not item.startswith("out=")])
+    check_family(resolved.config, resolved.facts)
     if int(resolved.config["decoding"]["num_beams"]) > 1:
         beams = resolved.config["decoding"]["num_beams"]
         raise ConfigError(f"decoding.num_beams={beams}: a trace follows one sequence; use decoding=greedy")

@@ -81,6 +81,17 @@ def test_wrong_input_is_one_or_two_lines_and_runs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["trace", "testbed:test-0", "What is there?"], ["diagnose", "entropy"]])
+def test_a_model_without_an_adapter_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = outcome(capsys, *command, "model=qwen2-vl-7b", "stack=locore")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "model=qwen2-vl-7b is of family qwen2_vl, which cannot be run yet" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_starts_the_resolved_run_in_its_folder(capsys: pytest.CaptureFixture[str], started: list[Any]) -> None:
     code, out, err = outcome(capsys, "run", "methods=[toy]", "methods.toy.beta=1", "runs_dir=here")
     assert (code, err) == (0, "")
