@@ -117,8 +117,9 @@ Methods
 """
 
 _RANK_TEXT = """
-Values rank, rising: the method's default, its preset, values tuned for the model (conf/model), the stack preset or
-experiment, the command line. `mitigate plan` prints each value with where it came from.
+Values rank, rising: the method's default, values tuned for the model (conf/model), a preset that was asked for
+(methods.NAME.preset), the stack preset or experiment, the command line. `mitigate plan` prints each value with where it
+came from.
 """
 
 

@@ -63,7 +63,9 @@ class MethodValues:
 def decide(
     key: str, node: DictConfig, tuned: Mapping[str, Any], model: str, origins: Mapping[str, str]
 ) -> MethodValues:
-    """Rank a method's values: default < preset < tuned for the model < files < command line.
+    """Rank a method's values: default < tuned for the model < preset < files < command line.
+
+    A preset that nobody asked for (the default one, or one a model's file names) stands below the tuned values.
 
     Parameters
     ----------
@@ -93,10 +95,11 @@ def decide(
     if preset not in plugin.presets:
         raise UnknownName(f"methods.{key}.preset={preset} is unknown{suggestion(preset, plugin.presets)}")
 
+    of_preset, of_model = (plugin.presets[preset], f"preset {preset}"), (tuned, f"model {model}")
+    ranked = [of_model, of_preset] if "preset" in set_here else [of_preset, of_model]
     layers: list[tuple[Mapping[str, Any], Mapping[str, str] | str]] = [
         (defaults_of(plugin), DEFAULT),
-        (plugin.presets[preset], f"preset {preset}"),
-        (tuned, f"model {model}"),
+        *ranked,
         (set_here, explicit),
     ]
     provenance = {"preset": explicit.get("preset", f"model {model}" if "preset" in tuned else DEFAULT)}

@@ -148,7 +148,7 @@ class SGRS(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "safe": {"exempt": "special", "proposal": "greedy_order"},
-        "official-code": {"query_row": "candidate_legacy"},
+        "official-code": {"query_row": "candidate_legacy", "proposal": "sample"},
         "efficient": {"skip_above": 0.95, "exempt": "eos", "proposal": "greedy_order", "layers": "0.65-0.75"},
         "forward-only": {"gradient": "direct", "exempt": "eos", "proposal": "greedy_order", "layers": "0.65-0.75"},
     }

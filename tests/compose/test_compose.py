@@ -84,10 +84,17 @@ def test_every_layer_of_values_outranks_the_one_below(outside_configs: Path) -> 
     assert run.stack_name == "outside_pair"
 
 
-def test_tuned_values_outrank_the_preset(outside_configs: Path) -> None:
+def test_a_preset_that_was_asked_for_outranks_tuned_values(outside_configs: Path) -> None:
     found = sources(compose_run(["model=tuned", "methods=[toy]", "methods.toy.preset=lineage"]), "toy")
-    assert found["beta"] == (0.2, "model tuned")
+    assert found["beta"] == (0.7, "preset lineage")  # over the model's 0.2
     assert found["layers"] == ("1-2", "preset lineage")
+    assert found["window"] == (9, "model tuned")  # the preset says nothing about it
+
+
+def test_tuned_values_outrank_a_preset_that_nobody_asked_for(outside_configs: Path) -> None:
+    found = sources(compose_run(["model=tuned", "methods=[toy]"]), "toy")
+    assert found["preset"] == ("paper", "default")
+    assert found["beta"] == (0.2, "model tuned")
 
 
 @pytest.mark.parametrize("value", ["0.15", "0.2", "0.3", "0.7"])
