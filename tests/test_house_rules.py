@@ -30,7 +30,7 @@ ALLOWED = {
     "wandb": ("trackers",),
     "rich": ("cli", "runner", "report", "testbed"),
     "matplotlib": ("diagnostics",),
-    "pytest": (),
+    "pytest": ("testing",),
 }
 #: Parts of the project a folder must not import.
 FORBIDDEN = {

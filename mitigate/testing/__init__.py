@@ -1,0 +1,1 @@
+"""Conformance suite: does a method keep the contract? Works without pytest; see `check_method`."""
