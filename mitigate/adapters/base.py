@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Adapter(ABC):
     """transformers' ``model_type``, and the name under which the adapter is registered."""
     spatial_grid: bool = True
     """Whether image tokens form a raster."""
+    tiny: ClassVar[str | None] = None
+    """``module:function`` that builds a tiny random model and its processor, for the conformance checks of methods."""
 
     # ------------------------------------------------------------------------------------------------------ the model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class LlavaAdapter(Adapter):
     """``LlavaForConditionalGeneration`` with a CLIP tower."""
 
     family = "llava"
+    tiny: ClassVar[str | None] = "mitigate.testing.tiny_llava:build"
 
     def projector(self, model: PreTrainedModel) -> nn.Module:
         """Return the multimodal projector."""
