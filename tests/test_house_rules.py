@@ -57,6 +57,7 @@ FORBIDDEN = {
     "report": ("adapters", "cli", "compose", "methods"),
     "runner": ("cli", "diagnostics", "methods"),
     "diagnostics": ("cli", "methods"),
+    "scaffold": ("cli", "compose", "core", "methods", "runner"),
 }
 
 

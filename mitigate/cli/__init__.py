@@ -21,6 +21,7 @@ COMMANDS = {
     "diagnose": "mitigate.cli.diagnosing:diagnose",
     "trace": "mitigate.cli.tracing:trace",
     "list": "mitigate.cli.listing:show",
+    "new": "mitigate.cli.creating:new",
     "testbed": "mitigate.cli.testbed:testbed",
 }
 
@@ -39,6 +40,7 @@ Commands
   trace     answer one question about one picture and show what every method did, step by step
   plan      print what a stack would do: points, layers, order, every value and where it came from
   list      list methods, models, benchmarks and stacks   (--json for everything, with parameters)
+  new       write a package of your own with a new method   (new method NAME)
   testbed   train or evaluate the small embedded model    (testbed train | testbed evaluate)
 
 Options
