@@ -90,7 +90,7 @@ class NewPackage:
     def render(self) -> dict[str, str]:
         """Return path within the package -> content."""
         environment = Environment(
-            loader=PackageLoader("mitigate.scaffold", "templates"),
+            loader=PackageLoader("mitigate.scaffold", "."),
             undefined=StrictUndefined,
             keep_trailing_newline=True,
             autoescape=False,  # Python, TOML and YAML, not HTML

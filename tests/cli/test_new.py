@@ -16,7 +16,7 @@ from mitigate.errors import ConfigError
 from mitigate.scaffold import FILES, NewPackage
 
 ROOT = Path(__file__).parents[2]
-TEMPLATES = ROOT / "mitigate" / "scaffold" / "templates"
+TEMPLATES = ROOT / "mitigate" / "scaffold"
 #: The shortest and the longest name: lines must fit for both.
 NAMES = ("a", "a_name_of_just_30_characters_x")
 
@@ -92,11 +92,11 @@ def test_listing_it_imports_no_torch(site: Path) -> None:
 
 
 def test_every_template_is_used_and_shipped() -> None:
-    templates = {path.name for path in TEMPLATES.iterdir()}
+    templates = {path.name for path in TEMPLATES.glob("*.j2")}
     assert templates == set(FILES)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["mitigate.scaffold"]
-    assert all(any(fnmatch(f"templates/{name}", pattern) for pattern in patterns) for name in templates)
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in templates)
 
 
 @pytest.mark.parametrize(
