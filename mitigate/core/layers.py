@@ -1,4 +1,4 @@
-"""Layer ranges as users write them: ``all``, ``9-14``, ``6,7,8`` or depth fractions ``0.25-0.5``."""
+"""Layer ranges as users write them: ``all``, ``9-14``, ``2-``, ``6,7,8`` or depth fractions ``0.25-0.5``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ def parse_layers(text: str, depth: int, *, name: str = "layers") -> tuple[int, .
     Parameters
     ----------
     text
-        ``all``; comma-separated indices and inclusive ranges (``0-11``, ``6,7,8``); or an inclusive range of depth
-        fractions (``0.25-0.5`` is ``round(0.25 * depth) .. round(0.5 * depth)``, cut at the last layer).
+        ``all``; comma-separated indices and inclusive ranges (``0-11``, ``6,7,8``; ``2-`` ends with the last layer); or
+        an inclusive range of depth fractions (``0.25-0.5`` is ``round(0.25 * depth) .. round(0.5 * depth)``, cut at
+        the last layer).
     depth
         Number of decoder layers.
     name
@@ -28,14 +29,16 @@ def parse_layers(text: str, depth: int, *, name: str = "layers") -> tuple[int, .
     chosen: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
+            first, dash, last = (word.strip() for word in part.partition("-"))
+            open_end = bool(dash and not last)
             if "." in part:
-                low, high = float(first), float(last or first)
+                low, high = float(first), 1.0 if open_end else float(last or first)
                 if not 0.0 <= low <= high <= 1.0:
                     raise ValueError
                 chosen.update(range(min(round(low * depth), depth - 1), min(round(high * depth), depth - 1) + 1))
             else:
-                low_index, high_index = int(first), int(last or first)
+                low_index = int(first)
+                high_index = max(depth - 1, low_index) if open_end else int(last or first)
                 if low_index > high_index:
                     raise ValueError
                 chosen.update(range(low_index, high_index + 1))

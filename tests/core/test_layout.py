@@ -95,13 +95,16 @@ def test_expansion_repeats_rows():
         ("0.25-0.5", 32, tuple(range(8, 17))),
         ("0.5-1.0", 4, (2, 3)),
         ("0.5", 8, (4,)),
+        ("2-", 5, (2, 3, 4)),
+        ("0, 3-", 5, (0, 3, 4)),
+        ("0.5-", 8, (4, 5, 6, 7)),
     ],
 )
 def test_layer_ranges(text, depth, expected):
     assert parse_layers(text, depth) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "5-3", "0.5-1.5", "-1", "1..3", "0.7-0.2", "8", "6-9"])
+@pytest.mark.parametrize("text", ["", "a", "5-3", "0.5-1.5", "-1", "1..3", "0.7-0.2", "8", "6-9", "8-", "-"])
 def test_bad_layer_ranges_name_the_parameter(text):
     with pytest.raises(ConfigError, match=r"methods\.x\.layers="):
         parse_layers(text, 8, name="methods.x.layers")
