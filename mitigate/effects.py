@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 BUS: Final = "bus"
 """Telemetry key of what the bus itself counted: ``attention_rows``, ``forwards``, ``tokens``."""
 
-EFFECT_COUNTERS: Final = ("rows_edited", "tokens_edited", "steps_edited", "tokens_changed", "rejections", "fallbacks")
+EFFECT_COUNTERS: Final = (
+    "images_edited",
+    "keys_masked",
+    "keys_scaled",
+    "rows_edited",
+    "tokens_edited",
+    "steps_edited",
+    "tokens_changed",
+    "rejections",
+    "fallbacks",
+)
 """Counters that are above zero only if the model or its output was changed."""
 
 

@@ -49,6 +49,20 @@ class Adapter(ABC):
         """Return the linear map from the concatenated heads of a block to the residual stream."""
         return cast(nn.Module, layer.self_attn.o_proj)
 
+    def mlp(self, layer: Any) -> nn.Module:
+        """Return the MLP of a block; its input and output are ``[B, Q, D]``."""
+        return cast(nn.Module, layer.mlp)
+
+    def vision_layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """Return the blocks of the vision tower, first to last.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the family has none, or its adapter does not know them.
+        """
+        raise UnsupportedModel(f"{self.family}: the blocks of the vision tower are not known")
+
     @abstractmethod
     def projector(self, model: PreTrainedModel) -> nn.Module:
         """Return the module whose output is the projected image features ``[images, N, D]``."""
@@ -66,6 +80,7 @@ class Adapter(ABC):
             heads=text.num_attention_heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             spatial_grid=self.spatial_grid,
+            vision_layers=getattr(getattr(config, "vision_config", None), "num_hidden_layers", None),
         )
 
     # ----------------------------------------------------------------------------------------------------- the layout
@@ -159,6 +174,30 @@ class Adapter(ABC):
             "return_dict": True,
         }
 
+    # ----------------------------------------------------------------------------------------------------- the images
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the pixels of every image as the processor made them, from the inputs of a request.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the images came encoded already.
+        """
+        pixels = inputs.get("pixel_values")
+        if pixels is None and inputs.get("mm_encoder_outputs") is not None:
+            raise UnsupportedModel("the images came encoded; give pixel_values, which the stack needs")
+        return [] if pixels is None else list(pixels)
+
+    def with_images(self, inputs: Mapping[str, Any], images: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the inputs with other pixels in place of every image's."""
+        return {**inputs, "pixel_values": torch.stack(list(images))} if images else dict(inputs)
+
+    def chosen_images(self, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
+        """Return the image inputs of a batch whose images are the given ones, in this order, repeated or not."""
+        images = self.images(inputs)
+        return self.with_images({}, [images[index] for index in wanted])
+
     def image_pixels(self, inputs: Mapping[str, Any], image: int) -> Tensor:
         """Return one image's pixels as the processor made them, from the inputs of a request.
 
@@ -167,10 +206,14 @@ class Adapter(ABC):
         UnsupportedModel
             If the images came in another form.
         """
-        pixels = inputs.get("pixel_values")
-        if pixels is None or image >= len(pixels):
+        images = self.images(inputs)
+        if image >= len(images):
             raise UnsupportedModel("the request brings no pixel_values to tell its images apart")
-        return cast(Tensor, pixels[image])
+        return images[image]
+
+    def without_images(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        """Return the token ids ``[n]`` of a prompt without its images; a family drops its separators here too."""
+        return row[row != model.config.image_token_id]
 
     # ----------------------------------------------------------------------------------------------------- the inputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -25,6 +25,10 @@ class LlavaAdapter(Adapter):
     def projector(self, model: PreTrainedModel) -> nn.Module:
         """Return the multimodal projector."""
         return cast(nn.Module, model.model.multi_modal_projector)
+
+    def vision_layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """Return the blocks of the CLIP tower."""
+        return cast("Sequence[nn.Module]", model.model.vision_tower.encoder.layers)
 
     def image_spans(self, model: PreTrainedModel, row: Tensor, inputs: Mapping[str, Any]) -> list[ImageSpan]:
         """Cut the image tokens into rasters of ``(image_size / patch_size)²`` patches.

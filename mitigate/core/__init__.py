@@ -1,35 +1,45 @@
 """The hook bus and its vocabulary. This package's names are what a method file imports."""
 
-from mitigate.core.facts import ModelFacts
-from mitigate.core.layers import parse_layers
-from mitigate.core.method import Fidelity, Method, Paper, Tags
-from mitigate.core.points import (
-    Access,
+from mitigate.core.events import (
+    AttentionMask,
     AttentionProbs,
     AttentionScores,
     Event,
+    HeadOutput,
     HiddenStates,
+    ImageInput,
+    LogitLens,
+    MlpOutput,
     NextTokenLogits,
-    Phase,
-    Point,
-    Rows,
     Selection,
     SelectToken,
-    Subscription,
+    TextInput,
     TokenChosen,
+    ValueScale,
+    Vision,
     VisualEmbeddings,
 )
+from mitigate.core.facts import ModelFacts
+from mitigate.core.layers import parse_layers
+from mitigate.core.method import Fidelity, Method, Paper, Tags
+from mitigate.core.points import Access, Branch, Phase, Point, Rows, Subscription
 from mitigate.core.state import MethodState
 
 __all__ = [
     "Access",
+    "AttentionMask",
     "AttentionProbs",
     "AttentionScores",
+    "Branch",
     "Event",
     "Fidelity",
+    "HeadOutput",
     "HiddenStates",
+    "ImageInput",
+    "LogitLens",
     "Method",
     "MethodState",
+    "MlpOutput",
     "ModelFacts",
     "NextTokenLogits",
     "Paper",
@@ -40,7 +50,10 @@ __all__ = [
     "Selection",
     "Subscription",
     "Tags",
+    "TextInput",
     "TokenChosen",
+    "ValueScale",
+    "Vision",
     "VisualEmbeddings",
     "parse_layers",
 ]

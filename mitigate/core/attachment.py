@@ -48,14 +48,22 @@ class Attachment:
 
     def vocabulary(self, device: torch.device) -> Vocabulary:
         """See `Request.vocabulary`."""
-        if self._processor is None:
-            raise ConfigError("a method needs to know words; attach with the processor: stack.attach(model, processor)")
-        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        tokenizer = self._tokenizer()
         size = self._model.get_output_embeddings().weight.shape[0]
         vocabulary: Vocabulary = self.shared(
             ("vocabulary", str(device)), lambda: Vocabulary.of(tokenizer, size, device)
         )
         return vocabulary
+
+    def tokens(self, text: str) -> list[int]:
+        """See `Request.tokenize`."""
+        found: list[int] = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _tokenizer(self) -> Any:
+        if self._processor is None:
+            raise ConfigError("a method needs to know words; attach with the processor: stack.attach(model, processor)")
+        return getattr(self._processor, "tokenizer", self._processor)
 
     def question(self, ids: Tensor, layout: TokenLayout) -> Tensor | None:
         """Find the user's own words in prompts made with the processor's chat template.

@@ -87,6 +87,31 @@ def refuse_unserved(layer: int, kwargs: dict[str, Any]) -> None:
             )
 
 
+def additive(mask: Tensor | None, query: Tensor, key: Tensor, start: int) -> Tensor:
+    """Write a layer's mask as numbers to add to the scores: ``[B, 1, Q, K]`` in the dtype of the query.
+
+    No mask means causal (and a kernel that is given any mask no longer adds the causal part itself).
+
+    Parameters
+    ----------
+    mask
+        ``None``, bool or additive ``[B, 1, Q, K]``.
+    query, key
+        As in `mitigate_attention`.
+    start
+        Position of the first query row.
+    """
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        positions = torch.arange(start, start + rows, device=query.device)[:, None]
+        mask = (torch.arange(keys, device=query.device) <= positions).expand(batch, 1, rows, keys)
+    mask = mask[..., :keys].expand(batch, 1, rows, keys)
+    if mask.dtype != torch.bool:
+        return mask.to(query.dtype)
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+
+
 def row_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, local: Tensor, positions: Tensor
 ) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mitigate.core import attention
+from mitigate.core.events import AttentionMask, AttentionProbs, AttentionScores, ValueScale
 from mitigate.core.frame import Frame, RowSelection
 from mitigate.core.plan import BoundSubscription
-from mitigate.core.points import FINAL, Access, AttentionProbs, AttentionScores, Phase, Point, Rows, Subscription
+from mitigate.core.points import FINAL, ROW_POINTS, Access, Phase, Point, Rows, Subscription
 from mitigate.core.request import Request
 from mitigate.errors import HookError, UnsupportedModel
 
@@ -33,7 +34,7 @@ class AttentionPoints:
         self._plan = {
             (phase, index): [
                 item
-                for served in (_on_scores, _on_probs, _on_final_probs)
+                for served in (_on_mask, _on_scores, _on_probs, _on_final_probs, _on_values)
                 for item in bus.bound
                 if served(item.subscription) and index in item.subscription.layers
                 if phase in item.subscription.phases
@@ -52,8 +53,12 @@ class AttentionPoints:
         if request is None or frame is None:
             return attention.fused(module, query, key, value, mask, kwargs)
         items = [item for item in self._plan[frame.phase, layer] if self._bus.serves(item, frame)]
+        mask = self._masked(items, layer, request, frame, query, key, mask)
+        value = self._scaled(items, layer, request, frame, value)
         asked: list[tuple[BoundSubscription, RowSelection]] = []
         for item in items:
+            if item.subscription.point not in ROW_POINTS:
+                continue
             selection = self._selection(item.subscription.rows, request, frame, query.device)
             if selection is not None:
                 asked.append((item, selection))
@@ -72,6 +77,50 @@ class AttentionPoints:
             if edited is None and not probs.requires_grad:
                 return base
             return attention.splice(base, attention.mix_values(probs, value).to(base.dtype), local, edited)
+
+    def _masked(
+        self,
+        items: Sequence[BoundSubscription],
+        layer: int,
+        request: Request,
+        frame: Frame,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor | None:
+        """Let the methods edit which keys are seen; without them the mask stays what transformers made it."""
+        for item in items:
+            if item.subscription.point is not Point.ATTENTION_MASK:
+                continue
+            known = attention.additive(mask, query, key, frame.start)
+            event = AttentionMask(**frame.event(request), layer=layer, mask=known, start=frame.start)
+            new = self._bus.returned(item, event, known)
+            if new is not None:
+                mask = torch.where(request.finished.to(new.device)[:, None, None, None], known, new)
+                changed = (mask[:, 0, -1] != known[:, 0, -1]).sum(1)
+                request.state(item.key).count("keys_masked", changed)
+        return mask
+
+    def _scaled(
+        self, items: Sequence[BoundSubscription], layer: int, request: Request, frame: Frame, value: Tensor
+    ) -> Tensor:
+        """Multiply the values by the methods' gains; the cache keeps them as they are."""
+        for item in items:
+            if item.subscription.point is not Point.VALUE_SCALE:
+                continue
+            gain = self._bus.call(item, ValueScale(**frame.event(request), layer=layer, values=value))
+            if gain is None:
+                continue
+            batch, groups, keys, _ = value.shape
+            if gain.shape not in ((batch, 1, keys), (batch, groups, keys)):
+                raise HookError(
+                    f"{item.key} returned a gain of shape {tuple(gain.shape)} at layer {layer}; "
+                    f"expected {(batch, 1, keys)} or {(batch, groups, keys)}"
+                )
+            gain = torch.where(request.finished.to(gain.device)[:, None, None], torch.ones_like(gain), gain)
+            request.state(item.key).count("keys_scaled", (gain != 1).any(1).sum(1))
+            value = value * gain[..., None].to(value.dtype)
+        return value
 
     def _edit(
         self,
@@ -124,6 +173,14 @@ class AttentionPoints:
         if rows not in frame.selections:
             frame.selections[rows] = _select(rows, request, frame, device)
         return frame.selections[rows]
+
+
+def _on_mask(subscription: Subscription) -> bool:
+    return subscription.point is Point.ATTENTION_MASK
+
+
+def _on_values(subscription: Subscription) -> bool:
+    return subscription.point is Point.VALUE_SCALE
 
 
 def _on_scores(subscription: Subscription) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,22 +16,17 @@ from torch import Tensor, nn
 from mitigate.core import attention
 from mitigate.core.attachment import Attachment
 from mitigate.core.attention_points import AttentionPoints
+from mitigate.core.branches import streams_of
 from mitigate.core.direct import DirectPath
+from mitigate.core.events import Event, NextTokenLogits
 from mitigate.core.frame import Frame
+from mitigate.core.layer_points import LayerPoints, same_shape
 from mitigate.core.method import Method
 from mitigate.core.plan import BoundSubscription, bind
-from mitigate.core.points import (
-    ROW_POINTS,
-    Access,
-    Event,
-    HiddenStates,
-    NextTokenLogits,
-    Phase,
-    Point,
-    VisualEmbeddings,
-)
+from mitigate.core.points import ATTENTION_POINTS, Access, Phase, Point
 from mitigate.core.request import Request
 from mitigate.core.state import MethodState
+from mitigate.core.streams import edit_images
 from mitigate.errors import HookError, LayoutError, MitigateError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -72,6 +67,8 @@ class HookBus:
     ----------
     direct
         The model's direct path, if a method differentiates along it.
+    streams
+        The extra streams the stack needs.
     """
 
     def __init__(
@@ -85,7 +82,10 @@ class HookBus:
         self.attachment = Attachment(model, processor)
         self.adapter = adapter
         self.methods = dict(methods)
-        self.bound = bind(self.methods, adapter.facts(model))
+        self.facts = adapter.facts(model)
+        self.bound = bind(self.methods, self.facts)
+        subscribed = {key: [item.subscription for item in self.bound if item.key == key] for key in self.methods}
+        self.streams = streams_of(self.methods, subscribed)
         self.request: Request | None = None
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))
@@ -127,16 +127,10 @@ class HookBus:
         """Put hooks where the stack needs them; every change pushes its own undo."""
         undo.callback(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
         undo.callback(self.model.register_forward_hook(self._after_forward).remove)
-        if self.subscriptions(Point.VISUAL_EMBEDDINGS):
-            projector = self.adapter.projector(self.model)
-            undo.callback(projector.register_forward_hook(self._after_projector).remove)
+        LayerPoints(self).install(undo)
         if self.direct is not None:
             self.direct.install(undo)
-        for index, layer in enumerate(self._layers):
-            if self.subscriptions(Point.HIDDEN_STATES, index):
-                # first in line: whoever records hidden states sees the edited ones
-                undo.callback(layer.register_forward_hook(self._layer_hook(index), prepend=True).remove)
-        if any(item.subscription.point in ROW_POINTS for item in self.bound):
+        if any(item.subscription.point in ATTENTION_POINTS for item in self.bound):
             self._install_attention(undo)
 
     def _install_attention(self, undo: ExitStack) -> None:
@@ -177,6 +171,12 @@ class HookBus:
         """Stop serving the request; the next forward starts a new one."""
         if self.request is not None and self.request.began:
             self._lifecycle(Point.SAMPLE_END)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the request without telling the methods."""
+        if self.request is not None and self.request.streams is not None:
+            self.request.streams.release()
         self.request = None
 
     def _lifecycle(self, point: Point) -> None:
@@ -212,11 +212,16 @@ class HookBus:
             raise HookError(f"{item.key} returned a value at {item.subscription.point} but subscribed to read only")
         return value
 
+    def returned(self, item: BoundSubscription, event: Event, value: Tensor) -> Tensor | None:
+        """Call a handler that may return a tensor like the one it sees."""
+        new = self.call(item, event)
+        return None if new is None else same_shape(item, event, value, new)
+
     # ------------------------------------------------------------------------------------------------------ forwards
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._diagnosing:  # its frame is already set
-            return
+            return None
         inputs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         ids = inputs.get("input_ids")
         if ids is None:
@@ -224,20 +229,32 @@ class HookBus:
         self._refuse_inputs(inputs)
         cache = inputs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        known = self.request
         request = self._continued(ids, cache, past, inputs)
+        edited = None
+        if request is not known and self.subscriptions(Point.IMAGE_INPUT):  # a forward made by hand: its own images
+            inputs = edit_images(self, request, inputs)
+            request.replace_images(inputs)
+            edited = ((), inputs)
         if ids.shape[0] != request.layout.rows:
             request.expand(ids.shape[0])
         frame = request.advance(past, past + ids.shape[1], ids[:, -1])
         frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
         if not request.began:
             request.began = True
+            if self.streams:
+                request.open_streams()
             self._prefill_inputs = inputs
             try:
                 self._lifecycle(Point.SAMPLE_BEGIN)
             finally:
                 self._prefill_inputs = {}
                 request.forget_inputs()
+        if request.streams is not None:
+            request.streams.follow(ids, past)
+            request.streams.watch(cache)
         self._lifecycle(Point.STEP_BEGIN)
+        return edited
 
     def _refuse_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Refuse forwards in which methods would silently not act, or the caller not get what is asked for."""
@@ -294,10 +311,10 @@ class HookBus:
 
     def _edit_logits(self, item: BoundSubscription, request: Request, frame: Frame, output: Any) -> None:
         last, active = output.logits[:, -1], ~request.finished
-        event = NextTokenLogits(**frame.event(request), logits=last)
-        edited = self.call(item, event)
+        event = NextTokenLogits(**frame.event(request), asker=item.key, logits=last)
+        edited = self.returned(item, event, last)
         if edited is not None:
-            edited = torch.where(active[:, None], edited.to(last.dtype), last)
+            edited = torch.where(active[:, None], edited, last)
             request.state(item.key).count("steps_edited", (edited != last).any(1))
             output.logits = torch.cat([output.logits[:, :-1], edited[:, None]], 1)
 
@@ -317,8 +334,9 @@ class HookBus:
         state.count("extra_forwards", 1.0, where)
 
     def extra_forward(self, request: Request, frame: Frame, inputs: Mapping[str, Any]) -> Any:
-        """Run the model once more inside a request, serving only the frame's owner."""
+        """Run the model once more, as the frame says, in the running request or in a branch of it."""
         outer, request.frame, self._diagnosing = request.frame, frame, True
+        running, self.request = self.request, request
         try:
             return self.model(**inputs)
         except _Enough:
@@ -327,54 +345,14 @@ class HookBus:
             self._model_error = error  # so that the method is not blamed for it
             raise
         finally:
-            self._diagnosing, request.frame = False, outer
-
-    # -------------------------------------------------------------------------------------------------------- layers
-
-    def _layer_hook(self, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-        items = self.subscriptions(Point.HIDDEN_STATES, layer)
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            frame = self.request.frame if self.request else None
-            if frame is None:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            for item in items:
-                if self.serves(item, frame):
-                    hidden = self._edit_hidden(item, layer, frame, hidden)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return hook
-
-    def _edit_hidden(self, item: BoundSubscription, layer: int, frame: Frame, hidden: Tensor) -> Tensor:
-        request = self.running()
-        event = HiddenStates(
-            **frame.event(request),
-            layer=layer,
-            hidden=hidden,
-            start=frame.start,
-        )
-        edited = self.call(item, event)
-        if edited is None:
-            return hidden
-        kept = torch.where(request.finished.to(hidden.device)[:, None, None], hidden, edited)
-        request.state(item.key).count("tokens_edited", (kept != hidden).any(-1).sum(1))
-        return kept
+            self._diagnosing, request.frame, self.request = False, outer, running
 
     @staticmethod
     def serves(item: BoundSubscription, frame: Frame) -> bool:
         """Whether a subscription is called in this forward."""
-        return frame.phase in item.subscription.phases and frame.owner in (None, item.key)
-
-    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self.request is None or self._diagnosing:
-            return None
-        features, changed = list(output), False
-        for item in self.subscriptions(Point.VISUAL_EMBEDDINGS):
-            event = VisualEmbeddings(
-                phase=Phase.PREFILL, step=0, branch="main", request=self.request, features=features
-            )
-            edited = self.call(item, event)
-            if edited is not None:
-                features, changed = list(edited), True
-        return torch.stack(features) if changed else None
+        subscription = item.subscription
+        return (
+            frame.phase in subscription.phases
+            and frame.branch in subscription.branches
+            and frame.owner in (None, item.key)
+        )

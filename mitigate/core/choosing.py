@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from mitigate.core.points import DIFFERENTIATES, Point, Selection, SelectToken, TokenChosen
+from mitigate.core.events import Selection, SelectToken, TokenChosen
+from mitigate.core.points import DIFFERENTIATES, Point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,4 +55,4 @@ def _step(bus: HookBus, item: BoundSubscription, request: Request) -> dict[str, 
         if other.key == item.key and other.subscription.access in DIFFERENTIATES
         for layer in other.subscription.layers
     }
-    return {**cast("Frame", request.frame).event(request), "differentiates": asked}
+    return {**cast("Frame", request.frame).event(request), "asker": item.key, "differentiates": asked}

@@ -7,8 +7,8 @@ approximates the exact gradient; it costs two matrix-vector products per step an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,15 @@ class DirectPath:
     def install(self, undo: ExitStack) -> None:
         """Watch the final norm, whose scale is frozen at its value in the running step."""
         undo.callback(self._norm.register_forward_hook(self._after_norm).remove)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the frozen scale of the running step through a pass of another stream."""
+        normed = self._normed
+        try:
+            yield
+        finally:
+            self._normed = normed
 
     def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normed = (args[0][:, -1].detach(), output[:, -1].detach())

@@ -17,6 +17,8 @@ class ModelFacts:
         Decoder blocks, query heads and key/value heads.
     spatial_grid
         Whether image tokens form a raster (rows x columns).
+    vision_layers
+        Blocks of the vision tower; ``None`` if not known (yet).
     """
 
     family: str
@@ -24,3 +26,4 @@ class ModelFacts:
     heads: int
     kv_heads: int
     spatial_grid: bool = True
+    vision_layers: int | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from mitigate.core.streams import edit_images
 from mitigate.errors import ConfigError, LayoutError, StackConflict, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -196,10 +197,13 @@ class Handle:
         )
         bus.begin(request)
         try:
+            edited = edit_images(bus, request, kwargs)
+            request.replace_images(edited)
+            kwargs.update(edited)  # what the caller's generate goes on with
             yield request
             bus.end()
         finally:
-            bus.request = None
+            bus.drop()
 
 
 def _observed(kwargs: dict[str, Any], config: GenerationConfig, request: Request) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from mitigate.core.facts import ModelFacts
-from mitigate.core.points import Point, Subscription
+from mitigate.core.points import Branch, Point, Subscription
 from mitigate.errors import ConfigError, UnknownName
 
 
@@ -91,6 +91,13 @@ class Method:
     def subscriptions(self, model: ModelFacts) -> Sequence[Subscription]:
         """Say where the method acts on a model of this geometry."""
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts: override subscriptions()")
+
+    def branches(self) -> Sequence[Branch]:
+        """Return the extra streams these parameters need; none by default.
+
+        Each one costs up to one forward per token, which `Tags.forwards_per_token` must own up to.
+        """
+        return ()
 
     def check_model(self, model_name_or_path: str, facts: ModelFacts | None) -> None:
         """Refuse a model the method cannot serve; asked while a run is composed, before anything is loaded.

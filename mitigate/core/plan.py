@@ -6,31 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mitigate.core.branches import check_branches
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Method
-from mitigate.core.points import DIFFERENTIATES, LAYER_POINTS, ROW_POINTS, Access, Phase, Point, Rows, Subscription
+from mitigate.core.points import (
+    DIFFERENTIATES,
+    LAYER_POINTS,
+    MAIN,
+    ROW_POINTS,
+    Access,
+    Phase,
+    Point,
+    Rows,
+    Subscription,
+)
 from mitigate.errors import PluginError, StackConflict, UnsupportedModel
 
 #: Points at most one method of a stack may own.
 EXCLUSIVE = (Point.SELECT_TOKEN, Point.DRIVE_DECODING)
 
 #: Points the bus of this version calls.
-SERVED = frozenset(
-    {
-        Point.VISUAL_EMBEDDINGS,
-        Point.ATTENTION_SCORES,
-        Point.ATTENTION_PROBS,
-        Point.HIDDEN_STATES,
-        Point.NEXT_TOKEN_LOGITS,
-        Point.SELECT_TOKEN,
-        Point.TOKEN_CHOSEN,
-        Point.SAMPLE_BEGIN,
-        Point.PREFILL_END,
-        Point.STEP_BEGIN,
-        Point.STEP_END,
-        Point.SAMPLE_END,
-    }
-)
+SERVED = frozenset(Point) - {Point.DRIVE_DECODING}
+#: Points whose value can only be looked at -> where a method changes it instead.
+READ_ONLY = {Point.TOKEN_CHOSEN: Point.SELECT_TOKEN, Point.LOGIT_LENS: Point.HIDDEN_STATES}
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class PlanLine:
     access: str
     method: str
     where: str
+    branch: str = MAIN
 
 
 def bind(methods: Mapping[str, Method], facts: ModelFacts) -> list[BoundSubscription]:
@@ -74,7 +73,9 @@ def bind(methods: Mapping[str, Method], facts: ModelFacts) -> list[BoundSubscrip
             raise UnsupportedModel(
                 f"{key} needs image tokens that form a grid, but {facts.family} has none; leave {key} out of the stack"
             )
-        for subscription in method.subscriptions(facts):
+        subscriptions = list(method.subscriptions(facts))
+        check_branches(key, method, subscriptions)
+        for subscription in subscriptions:
             _check(key, method, subscription, facts)
             handler = getattr(method, f"on_{subscription.point.value}")
             bound.append(BoundSubscription(key, method, subscription, handler))
@@ -105,17 +106,18 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
         raise PluginError(f"{key}: access '{access.value}' is for {Point.ATTENTION_PROBS.value} with rows 'last' only")
     if access is Access.OBSERVE and point is not Point.ATTENTION_PROBS:
         raise PluginError(f"{key}: access 'observe' is for {Point.ATTENTION_PROBS.value} only; read there instead")
-    if access is Access.WRITE and point is Point.TOKEN_CHOSEN:
-        raise PluginError(f"{key} cannot write {point.value}: the token is chosen; use {Point.SELECT_TOKEN.value}")
+    if access is Access.WRITE and point in READ_ONLY:
+        raise PluginError(f"{key} cannot write {point.value}: it can only be looked at; use {READ_ONLY[point].value}")
     if point is Point.SELECT_TOKEN and not method.tags.selects_token:
         raise PluginError(f"{key} selects tokens but its tags do not say so: set tags.selects_token")
-    if (point in LAYER_POINTS) != bool(subscription.layers):
+    if (point in LAYER_POINTS) != bool(subscription.layers) and point is not Point.VISION:
         raise PluginError(
             f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers"
         )
-    outside = [layer for layer in subscription.layers if not 0 <= layer < facts.layers]
-    if outside:
-        raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the decoder has layers 0-{facts.layers - 1}")
+    part, depth = ("vision tower", facts.vision_layers) if point is Point.VISION else ("decoder", facts.layers)
+    outside = [layer for layer in subscription.layers if layer < 0 or (depth is not None and layer >= depth)]
+    if outside and depth is not None:
+        raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the {part} has layers 0-{depth - 1}")
 
 
 def plan_stack(methods: Mapping[str, Method], facts: ModelFacts) -> list[PlanLine]:
@@ -138,6 +140,7 @@ def _line(item: BoundSubscription, facts: ModelFacts) -> PlanLine:
         access=subscription.access.value,
         method=item.key,
         where=subscription.where,
+        branch=", ".join(sorted(subscription.branches)),
     )
 
 

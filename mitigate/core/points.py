@@ -1,13 +1,8 @@
-"""Intervention points, subscriptions and the events handlers receive: the only place where shapes are written.
-
-Shapes: B request rows, H query heads, R rows asked for, K keys, D width, V vocabulary, L columns of the padded
-sequence.
-Positions are columns of the left-padded sequence, so a key index of the cache is a position.
-"""
+"""Where methods can act, and how they say that they want to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mitigate.core.layout import TokenLayout
-    from mitigate.core.request import Request
 
 
 class Point(StrEnum):
@@ -91,7 +85,10 @@ PositionSet: TypeAlias = "Callable[[TokenLayout], Tensor]"
 
 MAIN_PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
 
-#: Points the bus serves per decoder layer; a subscription to them needs layers.
+#: The stream that is generated; every other one is a branch.
+MAIN = "main"
+
+#: Points the bus serves per layer; a subscription to them needs layers (``vision``: none means every block).
 LAYER_POINTS = frozenset(
     {
         Point.VISION,
@@ -105,6 +102,10 @@ LAYER_POINTS = frozenset(
         Point.LOGIT_LENS,
     }
 )
+#: Points that also exist in a branch.
+BRANCH_POINTS = LAYER_POINTS | {Point.TEXT_INPUT, Point.IMAGE_INPUT, Point.VISUAL_EMBEDDINGS}
+#: Points served by the project's attention function.
+ATTENTION_POINTS = frozenset({Point.ATTENTION_MASK, Point.ATTENTION_SCORES, Point.ATTENTION_PROBS, Point.VALUE_SCALE})
 #: Points inside an attention layer; a subscription to them says which query rows it needs.
 ROW_POINTS = frozenset({Point.ATTENTION_SCORES, Point.ATTENTION_PROBS})
 
@@ -120,13 +121,16 @@ class Subscription:
     access
         Whether the handler reads, writes (may return a new value) or needs gradients.
     layers
-        Zero-based decoder layers; empty for points that are not per layer.
+        Zero-based decoder layers (``vision``: blocks of the vision tower, none for all of them); empty for points that
+        are not per layer.
     phases
         Passes in which the handler is called.
     rows
         For attention points: which query rows; a `Rows` value or a function from the layout to a mask ``[B, L]``.
     where
         One phrase for ``mitigate plan``: which part of the value the handler touches.
+    branches
+        Streams in which the handler is called: ``main``, and names of the method's own `Branch` es.
     """
 
     point: Point
@@ -135,181 +139,24 @@ class Subscription:
     phases: frozenset[Phase] = MAIN_PHASES
     rows: Rows | PositionSet = Rows.PREDICTORS
     where: str = ""
+    branches: frozenset[str] = frozenset({MAIN})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """What every handler learns: which pass, which step, and the request (layout, services).
+class Branch:
+    """An extra stream of the same model that follows the tokens of the main one, with a cache of its own.
+
+    A method reads it with ``event.branch_logits(name)``; it runs when it is asked for. No method edits a branch but the
+    one that asks for it, and only through subscriptions that name it. A branch its method does not edit is *plain*, and
+    equal plain branches of several methods are run once for all of them.
 
     Parameters
     ----------
-    phase
-        Pass this event belongs to.
-    step
-        Number of tokens generated so far (0 until the first token is chosen).
-    branch
-        ``main`` or the name of an extra stream.
-    request
-        The running request: its layout, per-sample random generators and services.
+    name
+        Name within the method; becomes ``event.branch`` of the events in it.
+    images
+        Whether the prompt keeps its images; without, their tokens are cut out of it.
     """
 
-    phase: Phase
-    step: int
-    branch: str
-    request: Request
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Token roles of every request row (B rows), current up to the keys of this forward."""
-        return self.request.layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionScores(Event):
-    """Scaled scores before softmax, masked entries at the dtype's minimum.
-
-    Parameters
-    ----------
-    scores
-        ``[B, H, R, K]`` float32 (float64 for a float64 model).
-    rows
-        ``[R]`` positions of the query rows.
-    row_mask
-        ``[B, R]`` True where the row was asked for and belongs to an unfinished sample; other rows stay as they are.
-    """
-
-    layer: int
-    scores: Tensor
-    rows: Tensor
-    row_mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionProbs(Event):
-    """Attention weights after softmax.
-
-    Parameters
-    ----------
-    probs
-        ``[B, H, R, K]``, dtype as in `AttentionScores`; rows sum to 1 unless an earlier method of the stack changed
-        that.
-    rows
-        ``[R]`` positions of the query rows.
-    row_mask
-        ``[B, R]`` as in `AttentionScores`.
-    """
-
-    layer: int
-    probs: Tensor
-    rows: Tensor
-    row_mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class HiddenStates(Event):
-    """Output of a decoder block (residual stream after its second addition).
-
-    Parameters
-    ----------
-    hidden
-        ``[B, Q, D]`` in the model's dtype.
-    start
-        Position of the first of the Q rows.
-    """
-
-    layer: int
-    hidden: Tensor
-    start: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisualEmbeddings(Event):
-    """Projected image features, before they are merged into the sequence.
-
-    Parameters
-    ----------
-    features
-        One ``[N, D]`` tensor per image, in the order of ``layout.images``.
-    """
-
-    features: list[Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextTokenLogits(Event):
-    """Raw logits of the next token, before logits processors and warpers.
-
-    Parameters
-    ----------
-    logits
-        ``[B, V]``.
-    """
-
-    logits: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """A method's choice: ``token`` ``[B]`` where ``chosen`` ``[B]`` is True; elsewhere the plain decoding decides."""
-
-    token: Tensor
-    chosen: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step(Event):
-    """The end of a step: what the next token is, or was, chosen from.
-
-    Parameters
-    ----------
-    logits
-        ``[B, V]`` float32, raw (before processors), detached.
-    scores
-        ``[B, V]`` float32 after the caller's logits processors: what plain decoding would choose from.
-    active
-        ``[B]`` True for samples that are still being generated.
-    differentiates
-        Layers whose attention gradients the method asked for, and how.
-    """
-
-    logits: Tensor
-    scores: Tensor
-    active: Tensor
-    differentiates: Mapping[int, Access]
-
-    def attention_gradients(self, cotangent: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Gradient of ``(cotangent * logits).sum()`` with respect to the predictor row's attention weights.
-
-        Every sample's row depends on its own logits only, so one call serves a whole batch. With access ``direct``
-        the gradient is approximated (`Access`).
-
-        Parameters
-        ----------
-        cotangent
-            ``[B, V]``; rows of zeros for samples that need no gradient.
-
-        Returns
-        -------
-        dict
-            Layer -> ``(A, dA)``, each ``[B, H, K]``, for the layers the method subscribed to with
-            ``access="gradient"`` or ``"direct"``.
-        """
-        return self.request.attention_gradients(self.differentiates, cotangent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectToken(Step):
-    """The moment of choosing the next token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenChosen(Step):
-    """The next token is chosen; the step's graph is still there.
-
-    Parameters
-    ----------
-    tokens
-        ``[B]``; the padding token where a sample has finished.
-    """
-
-    tokens: Tensor
+    name: str
+    images: bool = True

@@ -18,6 +18,7 @@ from mitigate.errors import HookError
 
 if TYPE_CHECKING:
     from mitigate.core.bus import HookBus
+    from mitigate.core.streams import Streams
     from mitigate.core.vocabulary import Vocabulary
 
 
@@ -74,8 +75,16 @@ class Request:
         self.totals = MethodState("bus", layout.rows)
         self.frame: Frame | None = None
         self.graph_logits: Tensor | None = None
+        self.streams: Streams | None = None
         self._generators: list[torch.Generator] | None = None
-        self._inputs: Mapping[str, Any] | None = inputs or {}
+        self._inputs: Mapping[str, Any] | None = dict(inputs or {})
+        self._original: Mapping[str, Any] | None = self._inputs
+
+    def adopt(self, main: Request) -> None:
+        """Become a branch of another request: the methods' memory, their reports and random draws are its."""
+        self.states, self.traces = main.states, main.traces
+        self.generating, self.began = main.generating, True
+        self._generators = main.generators
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -91,6 +100,22 @@ class Request:
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return a value that requests share while the stack stays attached; least recently used ones are dropped."""
         return self.bus.attachment.shared(key, compute)
+
+    def tokenize(self, text: str) -> Tensor:
+        """Return the tokens of a text ``[n]``, without special tokens.
+
+        Raises
+        ------
+        ConfigError
+            If the stack was attached without the processor.
+        """
+        return torch.tensor(self.bus.attachment.tokens(text), device=self.ids.device, dtype=self.ids.dtype)
+
+    def branch_logits(self, key: str, name: str) -> Tensor:
+        """Return the logits of a method's branch at this step, ``[B, V]``; see `Prediction.branch_logits`."""
+        if self.streams is None:
+            raise HookError(f"{key} asks for branch {name!r}, but no method of the stack declares branches")
+        return self.streams.logits(key, name)
 
     def image_key(self, image: int) -> str:
         """Return a hash of an image's pixels as the model gets them (`ImageSpan.image` counts the images).
@@ -108,7 +133,17 @@ class Request:
 
     def forget_inputs(self) -> None:
         """Let go of the pixels."""
-        self._inputs = None
+        self._inputs = self._original = None
+
+    def replace_images(self, inputs: Mapping[str, Any]) -> None:
+        """Note that methods edited the images of the main stream; branches start from the original ones."""
+        self._inputs = inputs
+
+    def open_streams(self) -> None:
+        """Prepare the branches; they run when they are asked for."""
+        from mitigate.core.streams import Streams
+
+        self.streams = Streams(self.bus, self, self._original or {})
 
     @property
     def generators(self) -> list[torch.Generator]:

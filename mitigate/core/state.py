@@ -12,7 +12,7 @@ from mitigate.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mitigate.core.points import Event
+    from mitigate.core.events import Event
 
 
 @dataclass(frozen=True)

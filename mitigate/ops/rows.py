@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mitigate.core.points import AttentionProbs, AttentionScores
+    from mitigate.core.events import AttentionProbs, AttentionScores
     from mitigate.core.state import MethodState
 
 

@@ -12,7 +12,6 @@ from mitigate.core import (
     Access,
     Fidelity,
     Method,
-    Phase,
     Point,
     Subscription,
     Tags,
@@ -251,13 +250,11 @@ def test_undeclared_points_are_refused(model):
 
 
 def test_unserved_point_is_refused(model):
-    class Lens(Broken):
+    class Owner(Broken):
         def subscriptions(self, model):
-            return [
-                Subscription(point=Point.LOGIT_LENS, layers=(1,), access=Access.READ, phases=frozenset({Phase.DECODE}))
-            ]
+            return [Subscription(point=Point.DRIVE_DECODING, access=Access.WRITE)]
 
-    with pytest.raises(UnsupportedModel, match="logit_lens"), Stack([Lens()]).attach(model):
+    with pytest.raises(UnsupportedModel, match="drive_decoding"), Stack([Owner()]).attach(model):
         pass
 
 
