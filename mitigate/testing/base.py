@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from mitigate.core.method import Method
@@ -131,6 +131,8 @@ class CheckResult:
         What is wrong, or the reason of a skip or an expected failure.
     seconds
         Time it took.
+    error
+        The exception behind a failure, for its traceback.
     """
 
     method: str
@@ -140,6 +142,7 @@ class CheckResult:
     status: Status
     message: str
     seconds: float
+    error: Exception | None = field(default=None, repr=False, compare=False)
 
     @property
     def bad(self) -> bool:
