@@ -21,6 +21,7 @@ COMMANDS = {
     "diagnose": "mitigate.cli.diagnosing:diagnose",
     "trace": "mitigate.cli.tracing:trace",
     "list": "mitigate.cli.listing:show",
+    "check": "mitigate.cli.checking:check",
     "new": "mitigate.cli.creating:new",
     "testbed": "mitigate.cli.testbed:testbed",
 }
@@ -40,6 +41,7 @@ Commands
   trace     answer one question about one picture and show what every method did, step by step
   plan      print what a stack would do: points, layers, order, every value and where it came from
   list      list methods, models, benchmarks and stacks   (--json for everything, with parameters)
+  check     see whether a method keeps the contract, on tiny random models
   new       write a package of your own with a new method   (new method NAME)
   testbed   train or evaluate the small embedded model    (testbed train | testbed evaluate)
 
@@ -55,8 +57,10 @@ Examples
   mitigate run stack=NAME model=hf model.path=/path/to/checkpoint
   mitigate run -m 'methods=[NAME],[]' decoding.max_new_tokens=32,64
   mitigate list methods
+  mitigate check NAME                                     for the author of a method; NAME or module:Class
 
-Quote brackets, braces and ~ for the shell. Exit codes: 0 done, 2 something to fix in the command, 130 interrupted.
+Quote brackets, braces and ~ for the shell. Exit codes: 0 done, 1 a check failed, 2 something to fix in the command,
+130 interrupted.
 """
 
 

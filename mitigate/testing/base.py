@@ -150,7 +150,7 @@ class CheckResult:
         return self.status in ("failed", "unexpected pass")
 
 
-#: Every check by name, in the order in which they run: the order in which their modules are imported.
+#: Every check by name, in the order of definition.
 CHECKS: dict[str, Check] = {}
 
 

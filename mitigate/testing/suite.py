@@ -101,7 +101,8 @@ def explain(error: Exception) -> str:
 def catalogue(extra_checks: Iterable[Extra] = ()) -> list[Check]:
     """Return every check in order, then the extra ones; a plain function becomes a check without a model."""
     extra = [item if isinstance(item, Check) else Check(item.__name__, item) for item in extra_checks]
-    return [*CHECKS.values(), *extra]
+    own = [known for module in MODULES for known in CHECKS.values() if known.run.__module__ == module.__name__]
+    return [*own, *extra]
 
 
 def yield_checks(method: Method, *, extra_checks: Iterable[Extra] = ()) -> Iterator[Check]:
@@ -148,7 +149,7 @@ def plan_cases(
         if not (isinstance(reason, str) and reason.strip()):
             raise ConfigError(f"expected_failures: {name} has no reason; write why it is expected to fail")
     chosen = [known for known in checks if not only or known.name in only]
-    on = _families(families) if any(known.needs_model for known in chosen) else []
+    on = _families(families) if families or any(known.needs_model for known in chosen) else []
     return [
         Case(known, subject, family, expected.get(known.name, ""), strict)
         for known in chosen
