@@ -1,10 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv with the development tools, then lint, types and tests. Arguments go to pytest.
+# Set up .venv with the development tools, then run scripts/check: lint, types, docs and tests. Arguments go to it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment "[dev]" installed-dev
-cd "$root"
-ruff check .
-ruff format --check .
-mypy
-exec python -m pytest -n 2 --dist worksteal "$@"
+exec "$root/scripts/check" "$@"

@@ -45,7 +45,7 @@ def source(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``output`` is ``None`` if the page does not say it, ``fragment`` is ``None`` if the block runs."""
+    """A fenced block; ``output`` is what it prints, if the page says so, ``fragment`` why it does not run."""
 
     language: str
     text: str
