@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -238,12 +238,12 @@ def _say_reused(earlier: RunRecord, now: RunRecord, run_dir: Path, console: Cons
 def _check_facts(resolved: ResolvedRun, loaded: LoadedModel) -> None:
     """Refuse a configured geometry that is not the model's: the plan was made for another model."""
     facts = resolved.facts
-    if facts is None or facts == loaded.facts:
+    known = {} if facts is None else {name: value for name, value in asdict(facts).items() if value is not None}
+    wrong = [name for name, value in known.items() if value != getattr(loaded.facts, name)]
+    if not wrong:
         return
-    names = [item.name for item in fields(facts)]
-    wrong = [name for name in names if getattr(facts, name) != getattr(loaded.facts, name)]
     raise ConfigError(
-        f"model.{wrong[0]}={getattr(facts, wrong[0])!r} is configured, but the loaded model has "
+        f"model.{wrong[0]}={known[wrong[0]]!r} is configured, but the loaded model has "
         f"{getattr(loaded.facts, wrong[0])!r}; correct it or leave it out"
     )
 
