@@ -205,7 +205,7 @@ class HookBus:
                 raise
             layer = getattr(event, "layer", None)
             where = f"{f'layer {layer}, ' if layer is not None else ''}phase {event.phase}, step {event.step}"
-            raise HookError(f"{item.key}.{item.handler.__name__} failed at {where}: {error!r}") from error
+            raise HookError(f"{item.key}.on_{item.subscription.point.value} failed at {where}: {error!r}") from error
         finally:
             state.spend(time.perf_counter() - started)
         if value is not None and item.subscription.access is not Access.WRITE:

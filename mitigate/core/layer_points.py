@@ -120,9 +120,12 @@ class LayerPoints:
         return value if new is None else self._kept(item, value, new)
 
     def _kept(self, item: BoundSubscription, value: Tensor, new: Tensor) -> Tensor:
-        request = self._bus.running()
+        request, frame = self._bus.running(), self._frame()
         kept = torch.where(request.finished.to(value.device)[:, None, None], value, new)
-        request.state(item.key).count("tokens_edited", (kept != value).any(-1).sum(1))
+        changed = (kept != value).any(-1)
+        if frame is not None:  # padding is computed too, and is nobody's token
+            changed = changed & request.layout.valid[:, frame.start : frame.stop].to(changed.device)
+        request.state(item.key).count("tokens_edited", changed.sum(1))
         return kept
 
     # ------------------------------------------------------------------------------------------------------- pictures
@@ -203,7 +206,7 @@ def same_shape(item: BoundSubscription, event: Event, value: Tensor, new: Any) -
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         layer = getattr(event, "layer", None)
         raise HookError(
-            f"{item.key}.{item.handler.__name__} returned {got} for {tuple(value.shape)}"
+            f"{item.key}.on_{item.subscription.point.value} returned {got} for {tuple(value.shape)}"
             f"{'' if layer is None else f' at layer {layer}'}"
         )
     return new.to(value.dtype)
