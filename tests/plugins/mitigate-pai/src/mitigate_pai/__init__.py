@@ -1,0 +1,1 @@
+"""PAI (Paying More Attention to Image) as a method of mitigate."""

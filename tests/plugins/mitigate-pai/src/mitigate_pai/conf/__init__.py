@@ -1,0 +1,1 @@
+"""Configuration files: presets, and values tuned per model."""

@@ -1,0 +1,1 @@
+"""VCD (Visual Contrastive Decoding) as a method of mitigate."""
