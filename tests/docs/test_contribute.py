@@ -1,0 +1,172 @@
+"""The pages for contributors: followed literally, and their lists held against the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mitigate.core import Point
+from mitigate.core.plan import SERVED
+from mitigate.scaffold import FILES, NewPackage
+from mitigate.testing.suite import catalogue
+from tests.docs.pages import DOCS, ROOT, blocks, source
+from tests.test_readme import small
+
+FOLDER = DOCS / "contribute"
+ADD, OUTSIDE, TESTING = (FOLDER / name for name in ("add-a-method.md", "outside-package.md", "testing.md"))
+#: Runs commands one after the other, so that libraries are imported once.
+DRIVER = """
+import json, sys
+from mitigate.cli import main
+for words in json.loads(sys.argv[1]):
+    print("$", *words, flush=True)
+    if main(words):
+        sys.exit(1)
+"""
+
+
+class Reader:
+    """Somebody who follows a page from top to bottom.
+
+    Installing is done by pip into a folder of its own, without the network; code comes from the package's ``src``, as
+    it does in an editable install.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.site, self.runs = folder, folder / "site", folder / "runs"
+        self.waiting: list[list[str]] = []
+        self.said = ""
+
+    def python(self, *words: str, folder: Path | None = None) -> None:
+        path = os.pathsep.join(map(str, (self.folder / "src", self.site, ROOT)))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment.pop("MITIGATE_PLUGINS", None)
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=folder or self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        self.said += done.stdout
+        assert done.returncode == 0, f"{shlex.join(words)}\n{(done.stdout + done.stderr)[-3000:]}"
+
+    def catch_up(self) -> None:
+        """Run the `mitigate` commands read so far."""
+        if self.waiting:
+            self.python("-c", DRIVER, json.dumps(self.waiting))
+            self.waiting = []
+
+    def command(self, line: str) -> None:
+        words = shlex.split(line)
+        if words[0] == "mitigate":
+            self.waiting.append(small(line, self.runs)[1:])
+            return
+        self.catch_up()
+        if words[0] == "cd":
+            self.folder /= words[1]
+        elif words[:3] == ["pip", "install", "-e"]:
+            options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(self.site))
+            self.python("-m", "pip", "install", *options, ".")
+            for package in self.site.glob("mitigate_*/"):
+                if not package.name.endswith("-info"):
+                    shutil.rmtree(package)
+        elif words[0] == "pytest":  # `mitigate check`, just before, has run the conformance checks
+            self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not conforms")
+        elif words[0] == "ruff":
+            self.python("-m", *words, "--no-cache")
+        elif words[0] == "mypy":  # with the project's settings and cache, as strict as the package's
+            packages = [str(path.parent) for path in self.folder.glob("src/*/__init__.py")]
+            self.python("-m", "mypy", "--strict", *packages, folder=ROOT)
+        else:
+            raise AssertionError(f"the page says {line!r}, which this test cannot follow")
+
+    def follow(self, page: Path) -> None:
+        fence = r"^(?:<!-- fragment: (\S+\.py) -->\n)?```(bash|python)\n(.*?)^```$"
+        for target, language, text in re.findall(fence, source(page), re.MULTILINE | re.DOTALL):
+            if language == "bash":
+                for line in text.splitlines():
+                    for command in line.split(" && "):
+                        self.command(command)
+            elif target:
+                self.catch_up()
+                assert (self.folder / target).exists(), f"{target}: not a file of the package"
+                (self.folder / target).write_text(text)
+        self.catch_up()
+
+
+@pytest.mark.slow
+def test_add_a_method_is_followed_literally(tmp_path: Path) -> None:
+    reader = Reader(tmp_path)
+    reader.follow(ADD)
+    assert reader.said.count("vaf conforms") == 2, "the example as written, and the method"
+    assert "reconstructed" in reader.said, "the plan tells the method's fidelity"
+    assert "vaf+locore: 20/20 samples" in reader.said
+
+
+def test_the_example_is_short() -> None:
+    method = next(block.text for block in blocks(ADD) if block.fragment == "src/mitigate_vaf/vaf.py")
+    lines = [line for line in method.splitlines() if line.strip()]
+    assert len(lines) <= 85
+    assert max(map(len, method.splitlines())) <= 120
+
+
+def test_every_point_has_a_line_or_is_said_not_to_be_served() -> None:
+    table = source(ADD).partition("| what the paper changes |")[2].partition("\n\n")[0]
+    column = [re.findall(r"`(\w+)`", line.split("|")[2]) for line in table.splitlines() if line.count("|") == 4]
+    listed = [point for points in column for point in points]
+    assert sorted(listed) == sorted(point.value for point in SERVED)
+    missing = re.search(r"^\* Not served: (.*?),", source(ADD), re.MULTILINE)
+    assert missing
+    assert set(re.findall(r"`(\w+)`", missing[1])) == {point.value for point in set(Point) - SERVED}
+
+
+def test_every_check_has_its_line() -> None:
+    rows = re.findall(r"^\| `(check_\w+)` \| (.*?) \| (.*?) \|$", source(TESTING), re.MULTILINE)
+    assert [(name, rule) for name, rule, _ in rows] == [(check.name, check.summary) for check in catalogue()]
+    assert all(remedy for _, _, remedy in rows)
+
+
+@pytest.fixture(scope="module")
+def package() -> dict[str, str]:
+    return NewPackage("my_method", "locore").render()
+
+
+def test_outside_package_shows_what_the_scaffold_writes(package: dict[str, str]) -> None:
+    tree = next(text for text in re.findall(r"```text\n(.*?)```", source(OUTSIDE), re.DOTALL))
+    assert [line.strip() for line in tree.splitlines()[1:]] == list(package)
+    toml = re.search(r"```toml\n(.*?)```", source(OUTSIDE), re.DOTALL)
+    assert toml
+    written = re.sub(r"^#.*\n", "", package["pyproject.toml"], flags=re.MULTILINE)
+    for part in toml[1].strip().split("\n\n"):
+        assert part in written
+    assert len(FILES) == len(package)
+
+
+def test_outside_package_lists_the_groups_that_are_read() -> None:
+    listed = re.findall(r"^\| `(mitigate\.\w+)` \|", source(OUTSIDE), re.MULTILINE)
+    code = source(ROOT / "mitigate" / "registry.py")
+    table = re.findall(r'"(mitigate\.\w+)"', code)
+    groups = {name for name in table if name.partition(".")[2] in "methods models benchmarks metrics trackers configs"}
+    assert set(listed) == groups
+
+
+def test_yaml_examples_are_of_the_example_method(package: dict[str, str]) -> None:
+    preset, tuned = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", source(OUTSIDE), re.DOTALL))
+    code = package["src/mitigate_my_method/my_method.py"]
+    assert source(OUTSIDE).count("# @package _global_") == 1
+    assert preset["defaults"] == [{"override /methods": ["my_method", "locore"]}]
+    for values in (preset["methods"], tuned):
+        assert list(values) == ["my_method"]
+        assert all(re.search(rf"^    {key}: float = ", code, re.MULTILINE) for key in values["my_method"])
