@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from mitigate import Stack
 from mitigate.core import Point
 from mitigate.core.plan import SERVED
 from mitigate.scaffold import FILES, NewPackage
 from mitigate.testing.suite import catalogue
-from tests.docs.pages import DOCS, ROOT, blocks, source
+from tests.docs.pages import DOCS, ROOT, Block, Session, blocks, source
+from tests.references.tiny import make_inputs, tiny_llava
 from tests.test_readme import small
 
 FOLDER = DOCS / "contribute"
@@ -31,6 +34,28 @@ for words in json.loads(sys.argv[1]):
     print("$", *words, flush=True)
     if main(words):
         sys.exit(1)
+"""
+
+#: What stands around the excerpt about a second stream.
+SECOND_STREAM = """
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mitigate.core import *
+
+
+def distort(image, generator):
+    return image + torch.randn(image.shape, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Method):
+    name: ClassVar[str] = "contrast"
+    alpha: float = 4.0
 """
 
 
@@ -170,3 +195,21 @@ def test_yaml_examples_are_of_the_example_method(package: dict[str, str]) -> Non
     for values in (preset["methods"], tuned):
         assert list(values) == ["my_method"]
         assert all(re.search(rf"^    {key}: float = ", code, re.MULTILINE) for key in values["my_method"])
+
+
+def test_the_second_stream_runs() -> None:
+    """The excerpt, in a class: the answer changes, and the tags own up to the forwards."""
+    body = next(block.text for block in blocks(ADD) if "def branches" in block.text)
+    page = Session("second_stream")
+    try:
+        page.run(Block("python", f"{SECOND_STREAM}\n{body}", None, None))
+        model = tiny_llava(seed=0)
+        inputs = make_inputs(model, [(3, 1, 4)])
+        plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with Stack([page.module.Contrast()]).attach(model) as handle:
+            contrasted = handle.generate(**inputs, max_new_tokens=4, do_sample=False)
+            forwards = handle.telemetry()[0]["contrast"]["extra_forwards"]
+        assert not torch.equal(plain, contrasted)
+        assert 0 < forwards <= 4
+    finally:
+        page.close()
