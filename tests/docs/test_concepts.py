@@ -106,6 +106,12 @@ def test_the_layout_is_described_completely() -> None:
     assert offered - named == {"rows", "length", "prompt_roles", "grown", "repeated"}, "what the bus alone needs"
 
 
+def test_the_design_names_every_part() -> None:
+    parts = {path.parent.name for path in (ROOT / "mitigate").glob("*/__init__.py")}
+    table = source(DOCS / "design.md").partition("## The parts")[2].partition("\n## ")[0]
+    assert parts <= set(re.findall(r"`(?:mitigate/)?(\w+)/`", table))
+
+
 def test_every_counter_of_an_edit_is_described() -> None:
     named = set(re.findall(r"`(\w+)`", source(RECORDS).partition("\n## Counters\n")[2]))
     assert set(EFFECT_COUNTERS) - {"fallbacks"} <= named
