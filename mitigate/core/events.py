@@ -193,12 +193,15 @@ class MlpOutput(Event):
     ----------
     mlp
         ``[B, Q, D]`` in the model's dtype.
+    inputs
+        ``[B, Q, D]`` what the MLP was given (the normed residual stream).
     start
         Position of the first of the Q rows.
     """
 
     layer: int
     mlp: Tensor
+    inputs: Tensor
     start: int
 
 

@@ -88,7 +88,8 @@ class LayerPoints:
             value = output
             for item in items:
                 if self._bus.serves(item, frame):
-                    event = MlpOutput(**self._about(frame), layer=layer, mlp=value, start=frame.start)
+                    about = self._about(frame)
+                    event = MlpOutput(**about, layer=layer, mlp=value, inputs=args[0], start=frame.start)
                     value = self._edited(item, event, value)
             return value
 

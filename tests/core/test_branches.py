@@ -179,6 +179,61 @@ def test_a_branch_runs_when_it_is_asked(model):
             torch.testing.assert_close(seen[row, index], model(input_ids=fed).logits[0, -1], rtol=0, atol=2e-5)
 
 
+def test_what_late_branches_cost_is_counted(model):
+    """A branch that starts late runs its prompt and what it missed; both passes are counted."""
+    inputs = make_inputs(model, PROMPTS, seed=7)
+    late = variant(
+        on_next_token_logits=lambda self, event, state: event.branch_logits("other") if event.step == 3 else None
+    )
+    assert count_forwards(model, lambda: runs.generate(model, [late], inputs, 5)) == 7
+    assert runs.generate(model, [late], inputs, 5)[1][0]["variant"]["extra_forwards"] == 2
+
+
+def test_permuted_beams_cost_one_forward_a_step(model):
+    inputs = make_inputs(model, PROMPTS, seed=8)
+
+    def run():
+        runs.generate(model, [Contrast()], inputs, 6, num_beams=3, eos_token_id=3)
+
+    assert count_forwards(model, run) == 12
+
+
+def test_samples_that_have_ended_are_left_alone_in_a_branch(model):
+    inputs = make_inputs(model, PROMPTS[:2], seed=9)
+    method = Contrast(a=0.0, images=True, point=Point.ATTENTION_PROBS)
+    first = runs.generate(model, [method], inputs, 1)[0].sequences[0, -1].item()
+    _, once = runs.generate(model, [method], inputs, 1)
+    _, telemetry = runs.generate(model, [method], inputs, 5, eos_token_id=first)
+    assert telemetry[0]["contrast"]["rows_edited"] == once[0]["contrast"]["rows_edited"]
+    assert telemetry[0]["contrast"]["extra_forwards"] == 1
+    assert telemetry[1]["contrast"]["rows_edited"] > once[1]["contrast"]["rows_edited"]
+
+
+def test_names_are_a_methods_own(model):
+    """Two methods that call different branches the same do not meet."""
+    inputs = make_inputs(model, PROMPTS, seed=9)
+    plain = Contrast(a=0.5, images=True)
+    edited = Contrast(a=0.0, images=True, point=Point.ATTENTION_PROBS)
+    alone, _ = runs.generate(model, [plain], inputs, 4)
+    both, _ = runs.generate(model, [edited, plain], inputs, 4)
+    torch.testing.assert_close(torch.stack(both.logits), torch.stack(alone.logits), rtol=0, atol=1e-5)
+
+
+def test_branches_beside_the_direct_path(model):
+    """A branch's pass does not overwrite the frozen norm of the main stream's step."""
+    inputs = make_inputs(model, PROMPTS[:2], seed=10)
+    direct = SGRS(alpha=1.0, proposal="greedy_order", gradient="direct", layers="0.5-0.75")
+
+    def traced(*methods):
+        with Stack(methods).attach(model) as handle:
+            handle.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=PAD, trace=True)
+            return [trace.values for trace in handle.trace() if trace.method == "sgrs"]
+
+    alone = traced(direct)
+    assert len(alone) == 4
+    assert str(traced(Contrast(a=0.0), direct)) == str(alone)
+
+
 @pytest.mark.parametrize("way", ["beams", "no cache", "beams without cache", "sampling", "chunks"])
 def test_ways_of_decoding(model, way):
     """The tokens of the branch are those of its own row's history, also when beams are permuted."""
@@ -255,7 +310,7 @@ def test_forwards_made_by_hand(model):
 
 
 def variant(**changes):
-    return type("Variant", (Contrast,), changes)()
+    return type("Variant", (Contrast,), {"name": "variant", **changes})()
 
 
 @pytest.mark.parametrize(

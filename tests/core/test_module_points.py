@@ -240,6 +240,13 @@ def test_looking_changes_nothing(model, prompts, point):
     assert torch.equal(logits_of(kept), plain)
 
 
+def test_the_mlps_input_is_shown(model):
+    inputs = make_inputs(model, PROMPTS, seed=6)
+    probe = Probe(point=Point.MLP_OUTPUT, access=Access.READ)
+    generate(model, [probe], inputs, 1)
+    torch.testing.assert_close(block(model).mlp(probe.seen[0].inputs), probe.seen[0].mlp, rtol=0, atol=1e-6)
+
+
 def test_logit_lens(model):
     inputs = make_inputs(model, PROMPTS, seed=6)
     lens = Probe(point=Point.LOGIT_LENS, layers=(1, 5), access=Access.READ)
