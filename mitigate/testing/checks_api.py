@@ -54,14 +54,14 @@ def check_parameters(subject: Subject) -> None:
     if made is None:
         fail(f"{name}: decorate {plugin.__qualname__} with @dataclass(frozen=True, kw_only=True)")
     ensure(made.frozen, f"{name}: parameters can be changed while it runs; write @dataclass(frozen=True, ...)")
-    for field in dataclasses.fields(plugin):
-        ensure(field.init, f"{name}.{field.name} is no argument of the constructor (init=False): keep state on `state`")
-        ensure(field.kw_only is True, f"{name}.{field.name} is positional; write @dataclass(..., kw_only=True)")
     for argument in inspect.signature(plugin).parameters.values():
         ensure(
             argument.kind not in (argument.VAR_KEYWORD, argument.VAR_POSITIONAL),
             f"{name} takes {argument}: every parameter needs a name, or wrong names are swallowed",
         )
+    for field in dataclasses.fields(plugin):
+        ensure(field.init, f"{name}.{field.name} is no argument of the constructor (init=False): keep state on `state`")
+        ensure(field.kw_only is True, f"{name}.{field.name} is positional; write @dataclass(..., kw_only=True)")
     try:
         schema = schema_of(name, plugin)
     except PluginError as error:

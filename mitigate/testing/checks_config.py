@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mitigate.compose.schemas import plain
 from mitigate.compose.session import session
@@ -38,6 +39,9 @@ def check_config_round_trip(subject: Subject) -> None:
         built = decide(name, node, {}, "any", {}).build()
     except MitigateError as error:
         fail(f"{name}: its parameters cannot be composed from a file: {error}")
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"{name}: its parameters cannot be composed from a file: {error.full_key}: {reason}")
     changed = [
         f"{key}={value!r} became {built.params()[key]!r}"
         for key, value in method.params().items()
