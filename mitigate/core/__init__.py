@@ -23,6 +23,7 @@ from mitigate.core.facts import ModelFacts
 from mitigate.core.layers import parse_layers
 from mitigate.core.method import Fidelity, Method, Paper, Tags
 from mitigate.core.points import Access, Branch, Phase, Point, Rows, Subscription
+from mitigate.core.roles import Role
 from mitigate.core.state import MethodState
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Paper",
     "Phase",
     "Point",
+    "Role",
     "Rows",
     "SelectToken",
     "Selection",

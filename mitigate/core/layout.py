@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-class Role(IntEnum):
-    """Role of a position in the padded sequence.
-
-    ``SYSTEM`` is text before the sample's first image, ``PROMPT`` prompt text after it (also between images); a prompt
-    without an image is all ``PROMPT``.
-    """
-
-    PAD = 0
-    SYSTEM = 1
-    IMAGE = 2
-    PROMPT = 3
-    GENERATED = 4
+from mitigate.core.roles import Role as Role
 
 
 @dataclass(frozen=True)

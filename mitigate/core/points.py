@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
+from mitigate.core.roles import Role
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -131,6 +133,10 @@ class Subscription:
         One phrase for ``mitigate plan``: which part of the value the handler touches.
     branches
         Streams in which the handler is called: ``main``, and names of the method's own `Branch` es.
+    roles
+        Tokens an edit may touch: keys of attention, positions of hidden states and outputs. ``None``: every real one.
+    normalised
+        For attention weights: whether a row sums to the same after the edit.
     """
 
     point: Point
@@ -140,6 +146,8 @@ class Subscription:
     rows: Rows | PositionSet = Rows.PREDICTORS
     where: str = ""
     branches: frozenset[str] = frozenset({MAIN})
+    roles: frozenset[Role] | None = None
+    normalised: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from mitigate.core import (
     Paper,
     Phase,
     Point,
+    Role,
     Rows,
     Subscription,
     Tags,
@@ -63,8 +64,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "multi_image": ("pooled", "per_image", "per_tile"),
     "no_grid": ("apply", "refuse"),
 }
-#: `Role.PROMPT`; generated text comes after it, image, system and padding before (the enumeration needs torch).
-_PROMPT = 3
+_IMAGE = frozenset({Role.IMAGE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class CLVA(Method):
         edited = Point.ATTENTION_PROBS if self.operator == "prob_mix" else Point.ATTENTION_SCORES
         wanted = [
             Subscription(point=Point.ATTENTION_PROBS, layers=read, rows=rows, phases=phases, where=_WHERE),
-            Subscription(point=edited, access=Access.WRITE, layers=layers.deep, rows=rows, where=_WHERE),
+            Subscription(point=edited, access=Access.WRITE, layers=layers.deep, rows=rows, where=_WHERE, roles=_IMAGE),
         ]
         if self.noise_source == "embedding":
             wanted.append(Subscription(point=Point.HIDDEN_STATES, layers=(0,), where="similarity to image tokens"))
@@ -395,5 +395,5 @@ class CLVA(Method):
 def _text_rows(layout: TokenLayout) -> Tensor:
     """Text rows from the first image on, and the last prompt row whatever it is, ``[B, L]``."""
     last = torch.arange(layout.length, device=layout.roles.device) == layout.prompt_length - 1
-    rows: Tensor = (layout.roles >= _PROMPT) | last
+    rows: Tensor = (layout.roles >= Role.PROMPT) | last
     return rows

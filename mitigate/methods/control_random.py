@@ -73,6 +73,7 @@ class ControlRandom(Method):
                 layers=layers,
                 rows=Rows.PREDICTORS,
                 where="every key, up or down at random",
+                normalised=False,
             ),
         ]
 

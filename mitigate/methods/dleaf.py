@@ -18,6 +18,7 @@ from mitigate.core import (
     ModelFacts,
     Paper,
     Point,
+    Role,
     Rows,
     Subscription,
     Tags,
@@ -207,7 +208,8 @@ class DLEAF(Method):
             read = "scores of the picture's patches"
             found.append(Subscription(point=Point.ATTENTION_SCORES, layers=layers, rows=rows, where=read))
         write = f"{self.heads} heads of layers flagged by {self.gate}"
-        found.append(Subscription(point=edited, access=Access.WRITE, layers=layers, rows=rows, where=write))
+        keys = frozenset({Role.IMAGE}) if self.mix_scope == "image_slice" else None
+        found.append(Subscription(point=edited, access=Access.WRITE, layers=layers, rows=rows, where=write, roles=keys))
         return found
 
     def _rows(self) -> Rows | PositionSet:

@@ -16,6 +16,7 @@ from mitigate.core import (
     ModelFacts,
     Paper,
     Point,
+    Role,
     Rows,
     Subscription,
     Tags,
@@ -104,8 +105,18 @@ class LocoRE(Method):
         """Act on the predicting rows of the configured layers."""
         point = Point.ATTENTION_SCORES if self.mode in _SCORE_MODES else Point.ATTENTION_PROBS
         layers = parse_layers(self.layers, model.layers, name=f"methods.{self.name}.layers")
-        where = f"{self.window} keys before the row"
-        return [Subscription(point=point, access=Access.WRITE, layers=layers, rows=Rows.PREDICTORS, where=where)]
+        text = {Role.GENERATED} if self.history_start == "generated" else {Role.PROMPT, Role.GENERATED}
+        return [
+            Subscription(
+                point=point,
+                access=Access.WRITE,
+                layers=layers,
+                rows=Rows.PREDICTORS,
+                where=f"{self.window} keys before the row",
+                roles=frozenset(text),
+                normalised=self.mode != "post_raw",
+            )
+        ]
 
     @property
     def _beta(self) -> float:

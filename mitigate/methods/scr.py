@@ -23,6 +23,7 @@ from mitigate.core import (
     Paper,
     Phase,
     Point,
+    Role,
     Subscription,
     Tags,
     parse_layers,
@@ -44,10 +45,9 @@ _DIAGNOSTIC = frozenset({Phase.DIAGNOSTIC})
 class SCR(Method):
     """Spatial Credit Redistribution: two passes over the prompt.
 
-    Attention is said to collapse on a few dominant patches, and what lies beside them is overlooked. A diagnostic pass
-    ranks interior patches by the attention of the text after the picture; in the second pass each of the ``k_src``
-    strongest patches s hands ``lam - 1`` of its hidden state to the neighbours it owns and is divided by ``lam``, after
-    every early block (Eq. 1).
+    Attention is said to collapse on a few dominant patches; what lies beside them is overlooked. A diagnostic pass
+    ranks interior patches by the attention of the text after the picture. Each of the ``k_src`` strongest then hands
+    ``lam - 1`` of its hidden state to the neighbours it owns and is divided by ``lam``, after each early block (Eq. 1).
 
     Paper: arXiv 2602.22469 v1, Section 3 and Eq. 1; no code was found. Where v1 is silent the choice is a parameter.
 
@@ -176,7 +176,7 @@ class SCR(Method):
         wanted = [
             Subscription(point=Point.SAMPLE_BEGIN, where="chooses the sources"),
             Subscription(point=attention, layers=ranking, phases=_DIAGNOSTIC, rows=self._queries, where=rows),
-            Subscription(point=hidden, access=Access.WRITE, layers=edited, where=target),
+            Subscription(point=hidden, access=Access.WRITE, layers=edited, where=target, roles=frozenset({Role.IMAGE})),
         ]
         if self.entropy == "norm":
             wanted.append(Subscription(point=hidden, layers=edited, phases=_DIAGNOSTIC, where="norms of the patches"))

@@ -1,0 +1,19 @@
+"""What a position of the sequence is. Needs no torch, so that a method can say which ones it touches."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Role(IntEnum):
+    """Role of a position in the padded sequence.
+
+    ``SYSTEM`` is text before the sample's first image, ``PROMPT`` prompt text after it (also between images); a prompt
+    without an image is all ``PROMPT``.
+    """
+
+    PAD = 0
+    SYSTEM = 1
+    IMAGE = 2
+    PROMPT = 3
+    GENERATED = 4
