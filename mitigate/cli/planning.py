@@ -15,15 +15,19 @@ from mitigate.cli.listing import extra_passes, fidelity_of
 from mitigate.cli.options import help_text, read_options
 from mitigate.compose import compose_comparison, compose_run
 from mitigate.compose.session import flatten
-from mitigate.core.plan import plan_stack
-from mitigate.core.points import Point
+from mitigate.core.plan import plan_stack, plan_streams
+from mitigate.core.points import MAIN, Point
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
+    from mitigate.core.branches import StreamPlan
     from mitigate.core.method import Method
 
 #: Points that come in one phase, or between phases, whatever the subscription says.
 _PHASES: dict[str, str] = {
+    Point.IMAGE_INPUT: "prefill",
+    Point.TEXT_INPUT: "prefill",
+    Point.VISION: "prefill",
     Point.VISUAL_EMBEDDINGS: "prefill",
     Point.PREFILL_END: "prefill",
     Point.SAMPLE_BEGIN: "",
@@ -55,6 +59,7 @@ def _as_json(run: ResolvedRun) -> dict[str, Any]:
         "run_name": run.run_name,
         "fidelity": {key: fidelity_of(type(method), _preset(run, key)) for key, method in run.methods.items()},
         "facts": None if run.facts is None else vars(run.facts),
+        "branches": [] if run.facts is None else [_as_plain(stream) for stream in plan_streams(run.methods, run.facts)],
         "points": [] if run.facts is None else [vars(line) for line in plan_stack(run.methods, run.facts)],
         "config": run.config,
         "provenance": run.provenance,
@@ -87,8 +92,21 @@ def _print(run: ResolvedRun, console: Console) -> None:
             "Points     known when the checkpoint is loaded; give model.family, layers, heads and kv_heads to see",
         )
     elif facts is not None and run.methods:
+        for stream in plan_streams(run.methods, facts):
+            _say(console, f"Branch     {_stream_text(stream)}")
         console.print(_points(run))
     console.print(_values(run))
+
+
+def _as_plain(stream: StreamPlan) -> dict[str, Any]:
+    return {**vars(stream.branch), "owner": stream.owner, "users": list(stream.users)}
+
+
+def _stream_text(stream: StreamPlan) -> str:
+    """Write what an extra stream is and who pays for it: one forward per token, however many methods read it."""
+    images = "" if stream.branch.images else " without images"
+    edited = f"edited by {stream.owner}" if stream.owner else f"plain, read by {', '.join(stream.users)}"
+    return f"{stream.branch.name}{images}: {edited}; up to one forward per token, with a cache of its own"
 
 
 def _preset(run: ResolvedRun, key: str) -> str:
@@ -111,6 +129,7 @@ def _points(run: ResolvedRun) -> Table:
     table = Table(*columns, title="Points, in the order of a forward; stack order within a point", title_justify="left")
     for line in plan_stack(run.methods, run.facts) if run.facts is not None else ():
         phases = _PHASES.get(line.point, line.phases)
+        phases += "" if line.branch == MAIN else f" (in {line.branch})"
         cells = (line.point, line.method, line.layers, line.rows, phases, line.access, line.where)
         table.add_row(*(Text(cell) for cell in cells))
     return table

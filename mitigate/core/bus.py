@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from mitigate.core import attention
 from mitigate.core.attachment import Attachment
 from mitigate.core.attention_points import AttentionPoints
-from mitigate.core.branches import streams_of
 from mitigate.core.direct import DirectPath
 from mitigate.core.events import Event, NextTokenLogits
 from mitigate.core.frame import Frame
 from mitigate.core.layer_points import LayerPoints, same_shape
 from mitigate.core.method import Method
-from mitigate.core.plan import BoundSubscription, bind
+from mitigate.core.plan import BoundSubscription, bind, plan_streams
 from mitigate.core.points import ATTENTION_POINTS, Access, Phase, Point
 from mitigate.core.request import Request
 from mitigate.core.state import MethodState
@@ -84,8 +83,7 @@ class HookBus:
         self.methods = dict(methods)
         self.facts = adapter.facts(model)
         self.bound = bind(self.methods, self.facts)
-        subscribed = {key: [item.subscription for item in self.bound if item.key == key] for key in self.methods}
-        self.streams = streams_of(self.methods, subscribed)
+        self.streams = plan_streams(self.methods, self.facts)
         self.request: Request | None = None
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))

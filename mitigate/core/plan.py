@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mitigate.core.branches import check_branches
+from mitigate.core.branches import StreamPlan, check_branches, streams_of
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Method
 from mitigate.core.points import (
@@ -120,6 +120,12 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
         raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the {part} has layers 0-{depth - 1}")
 
 
+def plan_streams(methods: Mapping[str, Method], facts: ModelFacts) -> list[StreamPlan]:
+    """Return the extra streams of a stack; raises as `bind`."""
+    bound = bind(methods, facts)
+    return streams_of(methods, {key: [item.subscription for item in bound if item.key == key] for key in methods})
+
+
 def plan_stack(methods: Mapping[str, Method], facts: ModelFacts) -> list[PlanLine]:
     """Describe what the stack does, in the order in which the bus calls it; raises as `bind`."""
     order = list(Point)
@@ -134,7 +140,7 @@ def _line(item: BoundSubscription, facts: ModelFacts) -> PlanLine:
         rows = str(subscription.rows.value) if isinstance(subscription.rows, Rows) else "position set"
     return PlanLine(
         point=subscription.point.value,
-        layers=layer_text(subscription.layers, facts.layers),
+        layers=_layers(subscription, facts),
         phases=", ".join(phase.value for phase in Phase if phase in subscription.phases),
         rows=rows,
         access=subscription.access.value,
@@ -142,6 +148,12 @@ def _line(item: BoundSubscription, facts: ModelFacts) -> PlanLine:
         where=subscription.where,
         branch=", ".join(sorted(subscription.branches)),
     )
+
+
+def _layers(subscription: Subscription, facts: ModelFacts) -> str:
+    if subscription.point is Point.VISION:
+        return "all" if not subscription.layers else layer_text(subscription.layers, facts.vision_layers or -1)
+    return layer_text(subscription.layers, facts.layers)
 
 
 def layer_text(layers: Sequence[int], depth: int) -> str:
