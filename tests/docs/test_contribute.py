@@ -143,7 +143,7 @@ def test_add_a_method_is_followed_literally(tmp_path: Path) -> None:
 def test_the_example_is_short() -> None:
     method = next(block.text for block in blocks(ADD) if block.fragment == "src/mitigate_vaf/vaf.py")
     lines = [line for line in method.splitlines() if line.strip()]
-    assert len(lines) <= 85
+    assert len(lines) <= 90
     assert max(map(len, method.splitlines())) <= 120
 
 
