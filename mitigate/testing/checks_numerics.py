@@ -1,0 +1,144 @@
+"""Checks on a tiny model: batches, padding, caches and dtypes change nothing but the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mitigate.core import Event, Selection
+from mitigate.core.plan import BoundSubscription
+from mitigate.errors import StackConflict
+from mitigate.testing.base import Skip, Subject, check, ensure, fail
+from mitigate.testing.running import (
+    PROMPTS,
+    REFUSALS,
+    TOLERANCE,
+    Outcome,
+    apart,
+    generate,
+    prompts_for,
+    record,
+    stage,
+    where,
+)
+from mitigate.testing.tiny import TinyModel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
+_WAYS: dict[str, dict[str, Any]] = {
+    "without a cache": {"use_cache": False},
+    "in chunks": {"prefill_chunk_size": 17},
+}
+#: Columns of padding that are put before a prompt.
+_PADDING = (1, 13)
+_LAYOUT = "take positions from event.layout (valid, image_mask, after_image, images), per row, and never as numbers"
+
+
+@check(needs_model=True)
+def check_batch(subject: Subject) -> None:
+    """Give every sample of a padded batch what it gets alone; or refuse batches, if tags.batch is False."""
+    tiny, method = stage(subject), subject.method
+    names = [f"sample {index}" for index in range(len(PROMPTS))]
+    if not method.tags.batch:
+        return _refuses_batches(subject, tiny)
+    singles = [
+        generate([method], tiny, tiny.inputs([prompt]), seed=3, sample_ids=[name])
+        for prompt, name in zip(PROMPTS, names, strict=True)
+    ]
+    ends = [int(singles[0].tokens[0, 1])]  # the first sample ends early, the others go on
+    batch = generate([method], tiny, tiny.inputs(PROMPTS), seed=3, sample_ids=names, ends=ends)
+    for row, alone in enumerate(singles):
+        place = apart(_until(alone, ends), _until(batch.row(row), ends), TOLERANCE)
+        ensure(
+            not place,
+            f"{subject.name}: prompt {row} ({PROMPTS[row].text!r}) gets another result in a left-padded batch than "
+            f"alone, {place}: {_LAYOUT}; or set tags.batch=False",
+        )
+    return None
+
+
+def _refuses_batches(subject: Subject, tiny: TinyModel) -> None:
+    try:
+        generate([subject.method], tiny, tiny.inputs(PROMPTS))
+    except StackConflict:
+        return
+    fail(f"{subject.name} says tags.batch=False, but a batch was accepted")
+
+
+def _until(outcome: Outcome, ends: list[int]) -> Outcome:
+    """Cut a sample after its first end token."""
+    tokens = outcome.tokens[0].tolist()
+    stop = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return Outcome(outcome.tokens[:, :stop], outcome.logits[:, :stop], outcome.telemetry, outcome.traces)
+
+
+@check(needs_model=True)
+def check_padding(subject: Subject) -> None:
+    """Give a prompt the same result however much padding stands before it."""
+    tiny, method = stage(subject), subject.method
+    for prompt in PROMPTS:
+        inputs = tiny.inputs([prompt])
+        expected = generate([method], tiny, inputs)
+        for columns in _PADDING:
+            place = apart(expected, generate([method], tiny, tiny.padded(inputs, columns)), TOLERANCE)
+            ensure(
+                not place,
+                f"{subject.name}: {columns} columns of padding before {prompt.text!r} change its result at {place}: "
+                f"{_LAYOUT}",
+            )
+
+
+@check(needs_model=True)
+def check_cache(subject: Subject) -> None:
+    """Give the same with and without a cache, and when the prompt comes in chunks; or refuse those."""
+    tiny, method = stage(subject), subject.method
+    inputs = tiny.inputs(prompts_for(method))
+    expected, served = generate([method], tiny, inputs), []
+    for how, options in _WAYS.items():
+        try:
+            place = apart(expected, generate([method], tiny, inputs, **options), TOLERANCE)
+        except REFUSALS:
+            continue
+        served.append(how)
+        ensure(
+            not place,
+            f"{subject.name}: {how} the result differs at {place}. Without a cache every row is computed in every "
+            f"step: subscribe with rows=Rows.PREDICTORS, and edit each row as when it was the last one",
+        )
+    if not served:
+        raise Skip("generates neither without a cache nor in chunks")
+
+
+@check(needs_model=True)
+def check_dtypes(subject: Subject) -> None:
+    """Work in bfloat16, float16 and float64: finite logits, and values in the dtype they came in."""
+    tiny, method = stage(subject), subject.method
+    for dtype in _DTYPES:
+        outcome, calls = record([method], small := tiny.cast(dtype), small.inputs(prompts_for(method)), steps=3)
+        for call in calls:
+            for old, new in call.pairs():
+                ensure(
+                    new.dtype is old.dtype,
+                    f"{subject.name}.{call.where} returns {new.dtype} for {old.dtype} in a {dtype} model; "
+                    f"return value.to(event tensor's dtype)",
+                )
+        ensure(bool(outcome.logits.isfinite().all()), f"{subject.name}: logits of a {dtype} model are not finite")
+
+
+@check(needs_model=True)
+def check_device(subject: Subject) -> None:
+    """Return values on the device they came on, and create tensors on the device of the event."""
+    tiny, method = stage(subject), subject.method
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = TinyModel(tiny.family, tiny.model.to(device), tiny.processor)
+
+    def around(item: BoundSubscription, event: Event, call: Callable[[], Any]) -> Any:
+        value = call()
+        parts = [value.token, value.chosen] if isinstance(value, Selection) else [value]
+        for part in parts:
+            if isinstance(part, torch.Tensor) and part.device != event.request.ids.device:
+                fail(f"{subject.name}.{where(item, event)} returns a tensor on {part.device}; use the event's device")
+        return value
+
+    generate([method], moved, moved.inputs(prompts_for(method)), around=around)
