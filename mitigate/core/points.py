@@ -134,7 +134,7 @@ class Subscription:
     branches
         Streams in which the handler is called: ``main``, and names of the method's own `Branch` es.
     roles
-        Tokens an edit may touch: keys of attention, positions of hidden states and outputs. ``None``: every real one.
+        Tokens an edit may touch: keys of attention, positions of hidden states and outputs. ``None``: any.
     normalised
         For attention weights: whether a row sums to the same after the edit.
     """

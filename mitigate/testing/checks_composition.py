@@ -60,9 +60,10 @@ def _known_models() -> tuple[tuple[str, ModelFacts], ...]:
         return tuple(found)
 
 
-@check()
+@check(needs_model=True)
 def check_families(subject: Subject) -> None:
-    """Plan for every known model, or refuse it with UnsupportedModel or ConfigError; nothing else."""
+    """Work on a tiny model, and plan for every known one or refuse it with UnsupportedModel or ConfigError."""
+    _ensure_served(subject)
     named = [*_known_models(), *((f"{facts.layers} layers, {facts.family}", facts) for facts in (*geometries(), *_ODD))]
     for name, facts in named:
         try:
@@ -78,12 +79,11 @@ def check_families(subject: Subject) -> None:
             )
 
 
-@check(once=True)
-def check_is_served(subject: Subject) -> None:
-    """Run on a tiny model of some family with some parameter set, so that the other checks see it."""
+def _ensure_served(subject: Subject) -> None:
+    """Fail if no parameter set serves any tiny model: then the other checks see nothing."""
     reasons = []
     for family in tiny_families():
-        for method in instances(subject.plugin):
+        for method in (subject.method, *instances(subject.plugin)):
             try:
                 stage(Subject(method, tiny_model(family)))
             except Skip as skip:

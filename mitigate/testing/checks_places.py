@@ -80,11 +80,14 @@ def _hidden_keys(call: Call, keys: int) -> Tensor:
 
 @check(needs_model=True, applies=writes_no_positions)
 def check_positions(subject: Subject) -> None:
-    """Touch only tokens of the roles that the subscription declares, and never padding."""
-    for call in _edits(subject, _PLACED):
-        roles = call.item.subscription.roles
-        named = "real tokens" if roles is None else ", ".join(sorted(role.name for role in roles))
-        touched = _touched(call) & ~_allowed(call, roles)
+    """Touch only tokens of the roles that the subscription declares."""
+    calls = [call for call in _edits(subject, _PLACED) if call.item.subscription.roles is not None]
+    if not calls:
+        raise Skip("may touch every token: its subscriptions name no roles")
+    for call in calls:
+        roles = call.item.subscription.roles or frozenset()
+        named = ", ".join(sorted(role.name for role in roles))
+        touched = _touched(call) & ~_allowed(call, roles) & call.event.layout.valid
         if bool(touched.any()):
             row, column = touched.nonzero()[0].tolist()
             role = Role(int(call.event.layout.roles[row, column])).name
@@ -95,12 +98,10 @@ def check_positions(subject: Subject) -> None:
             )
 
 
-def _allowed(call: Call, roles: frozenset[Role] | None) -> Tensor:
+def _allowed(call: Call, roles: frozenset[Role]) -> Tensor:
     """Positions an edit may touch, ``[B, L]``."""
-    layout = call.event.layout
-    if roles is None:
-        return layout.valid
-    return torch.isin(layout.roles, torch.tensor([int(role) for role in roles], dtype=layout.roles.dtype))
+    known = call.event.layout.roles
+    return torch.isin(known, torch.tensor([int(role) for role in roles], dtype=known.dtype))
 
 
 def _touched(call: Call) -> Tensor:
@@ -128,7 +129,7 @@ def _moved_keys(call: Call, old: Tensor, new: Tensor) -> Tensor:
     mine = call.before["row_mask"][:, None, :, None]
     if call.point is Point.ATTENTION_SCORES:
         return ((old - new).abs() > _EPSILON * (1 + old.abs())).logical_and(mine).any(2).any(1)
-    free = ~_allowed(call, call.item.subscription.roles)[:, None, None, : old.shape[-1]]
+    free = ~_allowed(call, call.item.subscription.roles or frozenset())[:, None, None, : old.shape[-1]]
     before, after = ((value * free).sum(-1, keepdim=True) for value in (old, new))
     factor = torch.where(before > 0, after / before.clamp_min(1e-30), 1.0)
     return ((new - old * factor).abs() > _EPSILON).logical_and(mine).any(2).any(1)

@@ -215,11 +215,6 @@ def generate_with(
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-        "max_new_tokens": steps,
-        "do_sample": False,
-        "pad_token_id": tiny.pad_token,
-        "eos_token_id": list(ends),
-    }
     with watching(handle, around):
         out = handle.generate(**inputs, **options, **kwargs)
     fresh = out.sequences[:, inputs["input_ids"].shape[1] :]

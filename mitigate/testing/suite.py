@@ -13,12 +13,36 @@ from typing import Literal, TypeAlias
 from mitigate.core.method import Method
 from mitigate.errors import ConfigError, PluginError, UnknownName
 from mitigate.registry import suggestion
-from mitigate.testing import checks_api, checks_config, checks_import, checks_tags
+from mitigate.testing import (
+    checks_api,
+    checks_composition,
+    checks_conduct,
+    checks_config,
+    checks_cost,
+    checks_effect,
+    checks_import,
+    checks_lifecycle,
+    checks_numerics,
+    checks_places,
+    checks_tags,
+)
 from mitigate.testing.base import CHECKS, Check, CheckFailure, CheckFunction, CheckResult, Skip, Status, Subject
 from mitigate.testing.subjects import instances, params_text, registered
 
 #: Modules that fill the catalogue, in the order in which their checks run.
-MODULES = (checks_api, checks_config, checks_tags, checks_import)
+MODULES = (
+    checks_api,
+    checks_config,
+    checks_tags,
+    checks_import,
+    checks_lifecycle,
+    checks_conduct,
+    checks_effect,
+    checks_numerics,
+    checks_places,
+    checks_cost,
+    checks_composition,
+)
 
 OnFail: TypeAlias = Literal["raise", "warn"] | None
 Extra: TypeAlias = Check | CheckFunction
