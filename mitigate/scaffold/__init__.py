@@ -31,8 +31,8 @@ _LONGEST = 30
 #: Class names that the method file imports.
 _IMPORTED = frozenset(
     """
-    Access Any AttentionScores Fidelity Method MethodState ModelFacts Paper Point Role Rows Self Sequence Subscription
-    Tags Tensor
+    Access Any AttentionScores ClassVar Fidelity Method MethodState ModelFacts Paper Point Role Rows Self Sequence
+    Subscription Tags Tensor
     """.split()  # noqa: SIM905 - a list of words
 )
 #: The package has a folder of this name beside the method file.
