@@ -349,8 +349,7 @@ class CLVA(Method):
         probs, width = own.of(event.probs), maps.columns.shape[-1]
         image, gate = self.pull.mixed(probs[..., :width], maps.each(lambda field: field.to(probs.device)))
         new = torch.cat([image, probs[..., width:]], -1)
-        weights = [probs.detach(), new.detach()]
-        self._report(event, state, gate, (weights[1] - weights[0])[..., :width], weights)
+        self._report(event, state, gate, (new - probs).detach()[..., :width], [probs.detach(), new.detach()])
         return own.put(event.probs, new)
 
     def _report(self, event: _Rows, state: MethodState, gate: Tensor, change: Tensor, weights: list[Tensor]) -> None:
@@ -385,10 +384,12 @@ class CLVA(Method):
     def test_params(cls) -> list[dict[str, Any]]:
         """Return every operator once, with the costlier options."""
         return [
-            {"alpha": 2.0, "beta": 1.0, "min_anchors": 2},
-            {"operator": "prob_mix", "mode": "dynamics", "gate": "bhattacharyya", "mix": 0.6, "pool": "top"},
+            {"alpha": 2.0, "beta": 1.0, "min_anchors": 2, "gamma": 0.5, "normalise": False, "rho": 0.3},
+            {"operator": "prob_mix", "mode": "dynamics", "mix": 0.6, "damp": 0.8, "pool": "top", "top_heads": 0.5},
             {"operator": "log_ratio", "alpha": 2.0, "noise_source": "embedding", "pool": "mass", "rows": "all_text"},
-            {"alpha": 2.0, "scale": "mad", "mass": "preserve", "noise_source": "random", "refresh": "prefill"},
+            {"scale": "mad", "mass": "preserve", "noise_source": "random", "refresh": "prefill", "no_grid": "refuse"},
+            {"gate": "bhattacharyya", "gate_input": "edited", "anchor_unit": "heads", "shared_tokens": "suppress"}
+            | {"early": "0", "mid": "1", "deep": "2-3", "heads": "visual", "multi_image": "per_image"},
         ]
 
 

@@ -387,14 +387,14 @@ class DLEAF(Method):
     def test_params(cls) -> list[dict[str, Any]]:
         """Return sets that reach every stage, gate and memory."""
         return [
-            {"threshold": "running_mean", "first_layer": "eligible"},
-            {"threshold": "mean_plus_kstd", "k_std": 0.2, "rows": "all_text", "pool_heads": "mean_of_entropies"},
-            {
-                "diagnosis_weights": "pre_softmax",
-                "abnormal_heads": "bottom_k",
-                "bottom_k": 2,
-                "mix_scope": "image_slice",
-            },
-            {"mix_stage": "pre", "reference": "topk_mean", "top_k": 2, "reference_scope": "earlier", "prefill": "none"},
-            {"gate": "random", "heads": "all", "reference": "iaf_weighted", "layers": "0.25-0.75"},
+            {"threshold": "running_mean", "first_layer": "eligible", "bas_scope": "sample", "state_update": "post"}
+            | {"exclude_image_sinks": "outliers", "sink_std": 1.0},
+            {"threshold": "mean_plus_kstd", "k_std": 0.2, "rows": "all_text", "pool_heads": "mean_of_entropies"}
+            | {"renormalise_image": False, "entropy_scale": "normalised", "delta": 0.01},
+            {"diagnosis_weights": "pre_softmax", "abnormal_heads": "bottom_k", "bottom_k": 2, "gamma": 0.6}
+            | {"threshold": "fixed", "fixed_threshold": 3.0, "mix_scope": "image_slice"},
+            {"mix_stage": "pre", "reference": "topk_mean", "top_k": 2, "reference_scope": "earlier", "prefill": "none"}
+            | {"threshold": "ema", "ema_decay": 0.5, "abnormal_heads": "ratio_of_best", "best_ratio": 0.9},
+            {"gate": "random", "gate_rate": 0.8, "heads": "all", "reference": "iaf_weighted", "layers": "0.25-0.75"}
+            | {"multi_image": "per_image"},
         ]

@@ -176,7 +176,7 @@ class LocoRE(Method):
         """Return every mode once."""
         return [
             {"beta": 0.5, "window": 3},
-            {"beta": 0.3, "mode": "post_renorm", "include_self": True},
+            {"decay_r": 0.5, "mode": "post_renorm", "include_self": True},
             {"beta": 0.3, "mode": "logit_bias", "history_start": "generated"},
             {"beta": 1.0, "mode": "logit_scale", "layers": "0.25-0.5"},
         ]

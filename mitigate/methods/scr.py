@@ -385,12 +385,12 @@ class SCR(Method):
 
     @classmethod
     def test_params(cls) -> list[dict[str, Any]]:
-        """Return the main variants with few sources."""
+        """Return the main variants."""
         return [
-            {"lam": 1.5, "k_src": 4},
-            {"lam": 1.3, "k_src": 3, "ownership": "greedy_nms", "text_queries": "last", "diagnostic_layers": "all"},
-            {"lam": 1.4, "k_src": 2, "source_selection": "random", "neighbourhood": "radius2", "layers": "all"},
-            {"lam": 1.5, "k_src": 3, "injection": "gaussian_noise", "head_fraction": 0.5, "exclude_border": False},
+            {"lam": 1.5, "k_src": 4, "schedule": "once", "entropy": "norm", "truncate_pass1": False},
+            {"ownership": "greedy_nms", "text_queries": "last", "diagnostic_layers": "all", "multi_image": "pooled"},
+            {"source_selection": "random", "neighbourhood": "radius2", "layers": "all", "tile_mode": "stitched"},
+            {"injection": "gaussian_noise", "head_fraction": 0.5, "exclude_border": False, "cache_per_image": True},
         ]
 
 

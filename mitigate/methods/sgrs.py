@@ -290,9 +290,8 @@ class SGRS(Method):
             return draw.probabilities.masked_fill(~alive, -1.0).argmax(-1)
         logs = (draw.probabilities.double().log() / self.temperature).masked_fill(~alive, -torch.inf)
         steps = logs.softmax(-1).cumsum(-1)
-        uniform = event.request.uniform(rows).to(steps.device)
-        reached = steps > uniform[:, None] * steps[:, -1:]
-        return (reached & alive).int().argmax(-1)
+        uniform = event.request.uniform(rows).to(steps.device)[:, None]
+        return ((steps > uniform * steps[:, -1:]) & alive).int().argmax(-1)
 
     def _fall_back(self, event: SelectToken, draw: Draw, left: Tensor) -> Tensor:
         """All draws rejected: take the best of all candidates, scoring those not drawn; ``[B]`` places."""
@@ -391,9 +390,11 @@ class SGRS(Method):
 
     @classmethod
     def test_params(cls) -> list[dict[str, Any]]:
-        """Return strict thresholds in both orders."""
+        """Return strict thresholds in both orders, the direct path and the control."""
         return [
-            {"alpha": 1.1, "proposal": "greedy_order", "layers": "0.5-0.75"},
-            {"alpha": 0.9, "reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "exempt": "eos"},
-            {"alpha": 1.0, "proposal": "greedy_order", "gradient": "direct", "layers": "0.5-0.75"},
+            {"alpha": 1.1, "proposal": "greedy_order", "history_init": "prompt_tail", "history_on_fallback": "skip"},
+            {"window": 3, "reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "exempt": "eos"},
+            {"alpha": 1.1, "gradient": "direct", "fallback": "argmax_logp_plus_eta_log_s", "eta": 0.5, "layers": "all"},
+            {"query_row": "candidate_legacy", "temperature": 1.5, "skip_above": 0.9, "on_skip": "proposal", "top_k": 3},
+            {"include_diagonal": False, "gate_on": "content", "max_resample": 2, "window_rule": "w_plus_1"},
         ]
