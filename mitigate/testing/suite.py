@@ -249,7 +249,7 @@ def headline(result: CheckResult) -> str:
 def _subjects(method: Method | type[Method]) -> list[Method]:
     if isinstance(method, Method):
         return [method]
-    if inspect.isclass(method) and issubclass(method, Method):
+    if inspect.isclass(method) and issubclass(method, Method) and method is not Method:
         return instances(method)
     raise PluginError(f"{method!r} is no method: give a subclass of mitigate.core.Method, or an instance of one")
 

@@ -1,0 +1,284 @@
+"""How checks are run: which, on what, what is expected to fail, and what a test run shows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mitigate.core import Method
+from mitigate.errors import ConfigError, DuplicateName, PluginError, UnknownName
+from mitigate.registry import methods
+from mitigate.testing import (
+    Check,
+    CheckFailure,
+    Skip,
+    Subject,
+    base,
+    check_method,
+    ensure,
+    fail,
+    subjects,
+    yield_checks,
+)
+from mitigate.testing.suite import MODULES, catalogue, plan_cases
+from tests.testing import broken_api
+from tests.testing.broken_api import AcceptsNaN, MisspeltHandler, OneSet
+from tests.testing.gentle import Gentle
+
+
+def check_fails(subject: Subject) -> None:
+    """Never pass."""
+    fail(f"{subject.name} fails")
+
+
+def check_crashes(subject: Subject) -> None:
+    """Crash."""
+    raise IndexError("out of range")
+
+
+def check_skips(subject: Subject) -> None:
+    """Look at nothing."""
+    raise Skip("nothing to look at")
+
+
+def check_gain_is_small(subject: Subject) -> None:
+    """Have a small gain."""
+    ensure(subject.method.params()["gain"] < 2.0, f"{subject.name} is loud")
+
+
+def run(method: Any = Gentle, *extra: Any, **options: Any) -> list[base.CheckResult]:
+    """Run the extra checks only."""
+    names = [getattr(item, "name", getattr(item, "__name__", "")) for item in extra]
+    return check_method(method, families=(), extra_checks=extra, only=names, on_fail=None, **options)
+
+
+def test_an_instance_is_checked_as_it_is_and_a_class_with_all_its_parameter_sets() -> None:
+    assert [row.params for row in run(Gentle(gain=1.75), check_gain_is_small)] == ["gain=1.75"]
+    rows = run(Gentle, check_gain_is_small)
+    assert [row.params for row in rows] == [
+        "",
+        "gain=2.0, offset=1, note=1e3, limit=5.0",
+        "gain=0.5, side=right, weights=(0.5,)",
+    ]
+    assert [row.status for row in rows] == ["passed", "failed", "passed"]
+    assert {row.method for row in rows} == {"gentle"}
+
+
+def test_a_check_of_the_class_runs_once() -> None:
+    (row,) = run(Gentle, Check("check_once", check_fails, once=True))
+    assert (row.params, row.status, row.message) == ("", "failed", "gentle fails")
+
+
+def test_every_outcome_says_what_happened() -> None:
+    failed, crashed, skipped = (run(Gentle(), each)[0] for each in (check_fails, check_crashes, check_skips))
+    assert (failed.status, failed.message, failed.bad) == ("failed", "gentle fails", True)
+    assert (crashed.status, crashed.bad) == ("failed", True)
+    assert crashed.message.startswith("raised IndexError: out of range (")
+    assert "test_suite.py:" in crashed.message
+    assert (skipped.status, skipped.message, skipped.bad) == ("skipped", "nothing to look at", False)
+    assert failed.seconds >= 0.0
+
+
+def test_a_check_that_does_not_apply_is_skipped_with_its_reason() -> None:
+    never = Check("check_never", check_fails, applies=lambda method: f"{method.name} has no such thing")
+    (row,) = run(Gentle(), never)
+    assert (row.status, row.message) == ("skipped", "gentle has no such thing")
+    assert never not in list(yield_checks(Gentle(), extra_checks=[never]))
+    assert [known.name for known in yield_checks(Gentle(), extra_checks=[check_fails])][-1] == "check_fails"
+
+
+def test_expected_failures_are_strict() -> None:
+    expected = {"check_fails": "it is made to fail"}
+    (row,) = run(Gentle(), check_fails, expected_failures=expected)
+    assert (row.status, row.message, row.bad) == ("expected failure", "it is made to fail", False)
+    (row,) = run(Gentle(), check_gain_is_small, expected_failures={"check_gain_is_small": "used to be loud"})
+    assert (row.status, row.bad) == ("unexpected pass", True)
+    assert "take check_gain_is_small out of expected_failures (used to be loud)" in row.message
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"expected_failures": {"check_nam": "x"}},
+            UnknownName,
+            r"unknown check 'check_nam'; did you mean 'check_name'",
+        ),
+        ({"expected_failures": {"check_name": " "}}, ConfigError, r"expected_failures: check_name has no reason"),
+        ({"only": ["check_tag"]}, UnknownName, r"unknown check 'check_tag'; did you mean 'check_tags'\?"),
+        ({"families": ["llama"]}, UnknownName, r"unknown family of tiny models 'llama'"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_method(Gentle(), **options)
+
+
+@pytest.mark.parametrize("wrong", ["gentle", int, Method])
+def test_what_is_no_method_is_refused(wrong: Any) -> None:
+    with pytest.raises(PluginError, match=r"is no method|cannot be built"):
+        plan_cases(wrong)
+
+
+def test_failures_raise_warn_or_are_returned() -> None:
+    with pytest.raises(CheckFailure, match=r"^gentle check_crashes \[gain=1\.75\]: raised IndexError") as caught:
+        check_method(Gentle(gain=1.75), families=(), extra_checks=[check_crashes], only=["check_crashes"])
+    assert isinstance(caught.value.__cause__, IndexError)
+    with pytest.warns(UserWarning, match=r"gentle check_fails: gentle fails"):
+        check_method(Gentle(), families=(), extra_checks=[check_fails], only=["check_fails"], on_fail="warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(Gentle(), check_fails)[0].bad
+
+
+def test_results_come_one_by_one() -> None:
+    seen: list[base.CheckResult] = []
+    rows = run(Gentle, check_gain_is_small, callback=seen.append)
+    assert seen == rows
+    assert len(rows) == 3
+
+
+def test_the_class_is_registered_while_it_is_checked_and_no_longer() -> None:
+    def check_registered(subject: Subject) -> None:
+        ensure(methods().get("gentle") is Gentle, "not registered")
+
+    assert run(Gentle(), check_registered)[0].status == "passed"
+    assert "gentle" not in methods().names()
+
+
+def test_a_registered_class_stays_registered() -> None:
+    methods().register("gentle", Gentle)
+    try:
+        assert not run(Gentle(), check_gain_is_small)[0].bad
+        assert "gentle" in methods().names()
+    finally:
+        methods().unregister("gentle")
+
+
+def test_sets_that_cannot_be_built_do_not_hide_the_others() -> None:
+    assert len(subjects.instances(broken_api.WrongSet)) == 3
+
+    class NeverBuilt(Gentle):
+        def __post_init__(self) -> None:
+            raise ValueError("no")
+
+    with pytest.raises(PluginError, match=r"NeverBuilt cannot be built: ValueError: no"):
+        subjects.instances(NeverBuilt)
+
+
+def test_the_catalogue_is_in_order_and_every_check_says_its_rule() -> None:
+    known = catalogue()
+    places = [next(i for i, module in enumerate(MODULES) if module.__name__ == each.run.__module__) for each in known]
+    assert places == sorted(places)
+    assert all(each.summary.endswith(".") and each.name.startswith("check_") for each in known)
+    assert len({each.name for each in known}) == len(known) == len(base.CHECKS)
+
+
+def test_two_checks_cannot_have_one_name() -> None:
+    def check_name(subject: Subject) -> None:
+        """Clash."""
+
+    with pytest.raises(DuplicateName, match=r"two checks are called check_name: .*checks_api and tests\.testing"):
+        base.check()(check_name)
+
+
+def test_a_check_without_a_model_cannot_use_one() -> None:
+    with pytest.raises(RuntimeError, match=r"declare it with @check\(needs_model=True\)"):
+        _ = Subject(Gentle()).model
+
+
+@pytest.mark.parametrize("plugin", [AcceptsNaN, MisspeltHandler, OneSet])
+def test_a_broken_method_does_not_conform(plugin: type[Method]) -> None:
+    with pytest.raises(CheckFailure, match=r"^gentle check_"):
+        check_method(plugin, families=())
+
+
+# ------------------------------------------------------------------------------------------------------- through pytest
+
+TESTS = """
+from mitigate.testing import Check, Skip, parametrize_with_checks
+from tests.testing.broken_api import AcceptsNaN
+from tests.testing.gentle import Gentle
+
+
+def check_skips(subject):
+    raise Skip("nothing to look at")
+
+
+@parametrize_with_checks(
+    [Gentle],
+    families=(),
+    extra_checks=[check_skips],
+    expected_failures={"check_name": "its file is the test's"} if OPTION else {},
+)
+def test_gentle(method, check):
+    check(method)
+
+
+@parametrize_with_checks([AcceptsNaN(gain=0.5), AcceptsNaN()], families=(), expected_failures=EXPECTED)
+def test_broken(method, check):
+    check(method)
+"""
+
+
+def pytest_run(tmp_path: Path, *arguments: str, option: bool = False, expected: str = "{}") -> str:
+    file = tmp_path / "test_made.py"
+    file.write_text(TESTS.replace("OPTION", str(option)).replace("EXPECTED", expected))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml")]
+    done = subprocess.run([*command, "-q", *arguments, str(file)], cwd=root, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_ids_are_readable_and_can_be_selected(tmp_path: Path) -> None:
+    listed = pytest_run(tmp_path, "--collect-only", "-k", "check_bad_numbers")
+    ids = [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
+    assert ids == [
+        "test_gentle[gentle-check_bad_numbers]",
+        "test_gentle[gentle[gain=2.0,offset=1,note=1e3,limit=5.0]-check_bad_numbers]",
+        "test_gentle[gentle[gain=0.5,side=right,weights=(0.5,)]-check_bad_numbers]",
+        "test_broken[gentle[gain=0.5]-check_bad_numbers]",
+        "test_broken[gentle-check_bad_numbers]",
+    ]
+    once = pytest_run(tmp_path, "--collect-only", "-k", "test_broken and check_tags")
+    assert once.count("::test_broken[gentle-check_tags]") == 1
+
+
+def test_outcomes_are_those_of_pytest(tmp_path: Path) -> None:
+    out = pytest_run(tmp_path, "-k", "check_bad_numbers or check_skips or check_name", option=True)
+    assert "gentle accepts gain=nan: call self.require_finite('gain', ...)" in out
+    assert "[XPASS(strict)] its file is the test's" in out  # the check passes although it is listed
+    assert "SKIPPED [3]" in out
+    assert "nothing to look at" in out
+    both = "{'check_bad_numbers': 'to be mended', 'check_name': 'a test'}"
+    out = pytest_run(tmp_path, "-k", "test_broken and (check_bad_numbers or check_name)", expected=both)
+    assert "XFAIL" in out
+    assert "3 xfailed" in out
+
+
+def test_pytest_is_needed_by_the_decorator_only(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['pytest'] = None\n"
+        "from mitigate.testing import check_method, parametrize_with_checks\n"
+        "from mitigate.registry import methods\n"
+        "name = methods().names()[0]\n"
+        "print(len(check_method(methods().get(name), families=(), only=['check_tags'])))\n"
+        "try:\n    parametrize_with_checks([methods().get(name)])\n"
+        "except Exception as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "1",
+        "this decorator needs pytest: install it, or use check_method or `mitigate check`",
+    ], done.stderr
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, mitigate.testing as t; print('torch' in sys.modules, sorted(t.__all__) == t.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
