@@ -37,6 +37,7 @@ from mitigate.testing.running import (
     generate,
     quiet,
     stage,
+    usable,
 )
 from mitigate.testing.subjects import geometries, instances
 from mitigate.testing.tiny import TinyModel, tiny_families, tiny_model
@@ -173,7 +174,7 @@ def _ensure_runs(subject: Subject, tiny: TinyModel, stack: Mapping[str, Method],
             f"{how}: {type(error).__name__} while generating: {error}. A stack that cannot work is refused when it is "
             f"built: raise UnsupportedModel or ConfigError in subscriptions()"
         )
-    ensure(bool(outcome.logits.isfinite().all()), f"{how}: the logits are not finite")
+    ensure(usable(outcome.logits), f"{how}: the logits are not finite")
     missing = [key for key in stack if key not in outcome.telemetry[0]]
     ensure(not missing, f"{how}: {missing} left no telemetry")
 

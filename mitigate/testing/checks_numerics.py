@@ -21,6 +21,7 @@ from mitigate.testing.running import (
     prompts_for,
     record,
     stage,
+    usable,
     where,
 )
 from mitigate.testing.tiny import TinyModel
@@ -123,7 +124,7 @@ def check_dtypes(subject: Subject) -> None:
                     f"{subject.name}.{call.where} returns {new.dtype} for {old.dtype} in a {dtype} model; "
                     f"return value.to(event tensor's dtype)",
                 )
-        ensure(bool(outcome.logits.isfinite().all()), f"{subject.name}: logits of a {dtype} model are not finite")
+        ensure(usable(outcome.logits), f"{subject.name}: logits of a {dtype} model are not finite")
 
 
 @check(needs_model=True)

@@ -268,6 +268,12 @@ def tensors_of(event: Event) -> dict[str, Tensor]:
     return found
 
 
+def usable(logits: Tensor) -> bool:
+    """Whether tokens can be chosen from logits ``[..., V]``: minus infinity excludes a token, but not all of them."""
+    wrong = logits.isnan() | logits.isposinf()
+    return not bool(wrong.any()) and bool(logits.isfinite().any(-1).all())
+
+
 def apart(one: Outcome, other: Outcome, tolerance: float = 0.0) -> str:
     """Say where two generations differ first, ``"sample 1, token 2"``; empty if they agree.
 
