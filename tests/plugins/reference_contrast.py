@@ -65,7 +65,7 @@ def image_last_rows(
         if layer not in layers or not columns:
             return z
         z = z.clone()
-        first = {"predicting": prompt - 1, "generated": prompt, "after_image": max(columns) + 1}[rows]
+        first = {"predicting": prompt - 1, "after_image": max(columns) + 1}[rows]
         for row in range(first, z.shape[1]):
             for key in columns:
                 if key <= row:

@@ -17,6 +17,7 @@ from mitigate.core import (
     NextTokenLogits,
     Paper,
     Point,
+    Role,
     Rows,
     Subscription,
     Tags,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rows_after_image(layout: TokenLayout) -> Tensor:
+def after_image(layout: TokenLayout) -> Tensor:
     """Rows of the text after a sample's last picture, generated ones included, ``[B, L]``."""
     columns = torch.arange(layout.length, device=layout.valid.device)
     return layout.valid & (columns >= layout.after_image[:, None])
@@ -60,8 +61,8 @@ class PAI(Method):
     layers
         Decoder layers whose attention is edited: ``all``, ``2-``, ``9-14``, ``0.25-0.5``. Repository: 2 to the last.
     rows
-        Query rows that are edited: ``predicting`` (the last prompt row and every generated one), ``generated`` (the
-        first token is then chosen unedited) or ``after_image`` (the question's rows too).
+        Query rows that are edited: ``predicting`` (the last prompt row and every generated one) or ``after_image`` (the
+        question's rows too).
     guidance_on
         ``log_probs`` (repository) and ``logits`` give the same distribution; ``probs`` guides the probabilities, as the
         paper prints it.
@@ -112,7 +113,7 @@ class PAI(Method):
         self.require(self.alpha >= 0.0, "alpha", "not be negative")
         self.require(self.gamma >= 1.0, "gamma", "be at least 1 (1: no guidance)")
         self.require(0.0 <= self.cut_off <= 1.0, "cut_off", "be between 0 (nothing is dropped) and 1")
-        self.require_option("rows", ("predicting", "generated", "after_image"))
+        self.require_option("rows", ("predicting", "after_image"))
         self.require_option("guidance_on", ("log_probs", "logits", "probs"))
         self.require_option("cut_off_from", ("image", "guided"))
 
@@ -125,9 +126,16 @@ class PAI(Method):
         wanted = []
         if self.alpha != 0.0:
             layers = parse_layers(self.layers, model.layers, name=f"methods.{self.name}.layers")
-            rows = rows_after_image if self.rows == "after_image" else Rows.PREDICTORS
-            point, where = Point.ATTENTION_SCORES, "keys of images"
-            wanted.append(Subscription(point=point, access=Access.WRITE, layers=layers, rows=rows, where=where))
+            wanted.append(
+                Subscription(
+                    point=Point.ATTENTION_SCORES,
+                    access=Access.WRITE,
+                    layers=layers,
+                    rows=Rows.PREDICTORS if self.rows == "predicting" else after_image,
+                    where="keys of images",
+                    roles=frozenset({Role.IMAGE}),
+                )
+            )
         if self.gamma != 1.0 or self.cut_off != 0.0:
             where = "samples with an image"
             wanted.append(Subscription(point=Point.NEXT_TOKEN_LOGITS, access=Access.WRITE, where=where))
@@ -145,13 +153,12 @@ class PAI(Method):
         return raised
 
     def _keys(self, event: AttentionScores) -> Tensor:
-        """Keys of pictures the query row can see, where the row is one to be edited, ``[B, 1, R, K]``."""
+        """Keys of pictures that come before the query row, ``[B, 1, R, K]``."""
         rows = event.rows.to(event.scores.device)
         columns = torch.arange(event.scores.shape[-1], device=rows.device)
         images = event.layout.image_mask.to(rows.device)[:, None, : len(columns)]
-        first = event.layout.prompt_length if self.rows == "generated" else 0
         # a masked key must stay masked: s + alpha |s| would raise the minimum that stands for "not visible"
-        return (images & (columns <= rows[:, None]) & (rows >= first)[:, None])[:, None]
+        return (images & (columns <= rows[:, None]))[:, None]
 
     def on_next_token_logits(self, event: NextTokenLogits, state: MethodState) -> Tensor | None:
         """Return l_u + gamma (l - l_u), and minus infinity for tokens that are not plausible."""
@@ -194,6 +201,6 @@ class PAI(Method):
         return [
             {"alpha": 0.5, "gamma": 2.0, "layers": "all"},
             {"alpha": 1.0, "layers": "1-2", "rows": "after_image", "guidance_on": "logits"},
-            {"alpha": 0.5, "gamma": 1.5, "rows": "generated", "guidance_on": "probs", "cut_off": 0.3},
+            {"alpha": 0.5, "gamma": 1.5, "guidance_on": "probs", "cut_off": 0.3},
             {"gamma": 3.0, "cut_off": 0.01, "cut_off_from": "guided"},
         ]
