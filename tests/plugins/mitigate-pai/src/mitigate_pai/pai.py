@@ -126,15 +126,10 @@ class PAI(Method):
         wanted = []
         if self.alpha != 0.0:
             layers = parse_layers(self.layers, model.layers, name=f"methods.{self.name}.layers")
+            rows = Rows.PREDICTORS if self.rows == "predicting" else after_image
+            point, roles, where = Point.ATTENTION_SCORES, frozenset({Role.IMAGE}), "keys of images"
             wanted.append(
-                Subscription(
-                    point=Point.ATTENTION_SCORES,
-                    access=Access.WRITE,
-                    layers=layers,
-                    rows=Rows.PREDICTORS if self.rows == "predicting" else after_image,
-                    where="keys of images",
-                    roles=frozenset({Role.IMAGE}),
-                )
+                Subscription(point=point, access=Access.WRITE, layers=layers, rows=rows, roles=roles, where=where)
             )
         if self.gamma != 1.0 or self.cut_off != 0.0:
             where = "samples with an image"
@@ -167,9 +162,7 @@ class PAI(Method):
         seen = torch.tensor([bool(spans) for spans in event.layout.images], device=event.logits.device)
         active = seen & ~event.request.finished.to(seen.device)
         logits = event.logits.to(torch.promote_types(event.logits.dtype, torch.float32))
-        guided = logits
-        if self.gamma != 1.0:
-            guided = self._guided(logits, event.branch_logits("text").to(logits.dtype))
+        guided = logits if self.gamma == 1.0 else self._guided(logits, event.branch_logits("text").to(logits.dtype))
         if self.cut_off != 0.0:
             judge = logits if self.cut_off_from == "image" else guided
             dropped = judge < judge.amax(-1, keepdim=True) + math.log(self.cut_off)
