@@ -143,6 +143,7 @@ class SGRS(Method):
         gradient=True,
         selects_token=True,
         stochastic=True,
+        forwards_per_sample=1.0,  # history_init=prompt_tail
         backwards_per_token=5.0,
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -152,10 +153,9 @@ class SGRS(Method):
         "efficient": {"skip_above": 0.95, "exempt": "eos", "proposal": "greedy_order", "layers": "0.65-0.75"},
         "forward-only": {"gradient": "direct", "exempt": "eos", "proposal": "greedy_order", "layers": "0.65-0.75"},
     }
-    preset_fidelity: ClassVar[dict[str, Fidelity]] = {
-        "official-code": Fidelity.CONTROL,
-        **dict.fromkeys(("efficient", "forward-only"), Fidelity.RECONSTRUCTED),
-    }
+    preset_fidelity: ClassVar[dict[str, Fidelity]] = {"official-code": Fidelity.CONTROL} | dict.fromkeys(
+        ("efficient", "forward-only"), Fidelity.RECONSTRUCTED
+    )
 
     alpha: float = 0.6
     top_k: int = 5
