@@ -162,13 +162,17 @@ def _run(name: str, cases: Sequence[Case], silent: bool, console: Console) -> li
 
 
 def _table(name: str, results: Sequence[CheckResult]) -> Table:
-    """Return one row per check; what is not a plain pass is told below each other."""
+    """Return one row per check, those without a model first; every message is told once."""
     table = Table(title=name, title_justify="left", title_style="bold")
     for column in ("check", "result", "runs", "seconds", "message"):
         right = column in ("runs", "seconds")
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column == "check")
+    on_models = False
     for check_name, group in groupby(results, key=lambda row: row.check):
         rows = list(group)
+        if rows[0].family and not on_models:
+            table.add_section()  # from here on, on tiny models
+            on_models = True
         seconds = sum(row.seconds for row in rows)
         told = Text("\n".join(_told(rows)))
         table.add_row(check_name, _outcome(rows), str(len(rows)), f"{seconds:.2f}", told)
