@@ -245,6 +245,9 @@ def test_finished_samples_neither_change_nor_count(model: Any, method: Method) -
     assert torch.equal(out.sequences[0, : width + 2], free.sequences[0, : width + 2])
     assert [row[method.name]["extra_forwards"] for row in telemetry] == [2, STEPS]
     assert [row[method.name]["steps_edited"] for row in telemetry] == [2, STEPS]
+    _, short = generate(model, [method], inputs, 2, eos_token_id=[])
+    for counter in ("tokens_dropped", "argmax_changed"):
+        assert telemetry[0][method.name][counter] == short[0][method.name][counter]
 
 
 @pytest.mark.parametrize("methods", [[PAI(alpha=1.0, gamma=2.0)], [VCD()], [VCD(), PAI()]], ids=len)
