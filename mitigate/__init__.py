@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mitigate.core.method import Method as Method
     from mitigate.core.stack import Stack as Stack
     from mitigate.errors import MitigateError as MitigateError
+    from mitigate.registry import register_method as register_method
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,9 @@ _PUBLIC = {
     "MitigateError": "mitigate.errors",
     "Stack": "mitigate.core.stack",
     "load_model": "mitigate.adapters",
+    "register_method": "mitigate.registry",
 }
-__all__ = ["Method", "MitigateError", "Stack", "__version__", "load_model"]
+__all__ = ["Method", "MitigateError", "Stack", "__version__", "load_model", "register_method"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,28 @@
 """Names of plugins: built-in tables, entry points of installed packages, and classes registered at run time.
 
-Nothing is imported until a plugin is asked for by name; a plugin that cannot be imported is listed as broken and stops
-only the runs that select it.
+Nothing is imported until a plugin is asked for by name; a plugin that cannot be imported, or a name that two packages
+claim, is listed as broken and stops only the runs that select it.
 """
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import importlib
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from mitigate.discovery import (
+    BUILTIN_DISTRIBUTION,
+    VARIABLE,
+    Entry,
+    config_packages,
+    installed,
+    left_out,
+    load,
+    suggestion,
+)
 from mitigate.errors import DuplicateName, PluginError, UnknownName
 
 if TYPE_CHECKING:
@@ -22,48 +30,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Distribution name shown for what is not installed as a package.
-BUILTIN_DISTRIBUTION = "mitigate"
+#: Distribution name shown for what no installed package brings.
 RUNTIME_DISTRIBUTION = "registered at run time"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One known name.
-
-    Parameters
-    ----------
-    name
-        Registered name, as written in configurations.
-    value
-        ``module:attribute`` of the plugin.
-    distribution
-        Installed package that brings it.
-    broken
-        Why it cannot be used, or ``None``.
-    """
-
-    name: str
-    value: str
-    distribution: str
-    broken: str | None = None
-
-
-def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` or, if nothing is near, the list of known names.
-
-    Parameters
-    ----------
-    wrong
-        What the user wrote.
-    known
-        Names that exist.
-    """
-    names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}? (known: {', '.join(names)})"
-    return f"; known: {', '.join(names) if names else 'none'}"
+__all__ = [
+    "BUILTIN_DISTRIBUTION",
+    "RUNTIME_DISTRIBUTION",
+    "Entry",
+    "Registry",
+    "adapters",
+    "benchmarks",
+    "config_packages",
+    "diagnostics",
+    "methods",
+    "metrics",
+    "register_method",
+    "suggestion",
+    "trackers",
+]
 
 
 class Registry(Generic[T]):
@@ -78,97 +62,119 @@ class Registry(Generic[T]):
     builtin
         Built-in name -> ``module:attribute``.
     base
-        ``module:attribute`` of the class every plugin must extend; ``None`` leaves plugins unchecked.
+        ``module:attribute`` of the class every plugin must extend; imported only when a plugin is.
+    named
+        Whether a class must carry its registered name as ``name``.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], base: str | None = None) -> None:
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], base: str, *, named: bool = True) -> None:
         self.kind = kind
         self.group = group
         self._builtin = dict(builtin)
         self._base = base
+        self._named = named
         self._runtime: dict[str, type[T]] = {}
-        self._installed: list[Any] | None = None
+        self._installed: list[Entry] | None = None
 
-    def _table(self) -> dict[str, Entry]:
-        """Return name -> entry, unloaded. Raises `DuplicateName` if two packages claim one name."""
-        table = {name: Entry(name, value, BUILTIN_DISTRIBUTION) for name, value in self._builtin.items()}
-        if self._installed is None:  # reading all packages' metadata is slow; what is installed stays for this process
-            self._installed = _entry_points(self.group)
-        for point in self._installed:
-            found = Entry(point.name, point.value, point.dist.name if point.dist else "unknown package")
-            other = table.get(point.name)
-            if other is not None and other != found:
-                raise DuplicateName(
-                    f"{self.kind} {point.name!r} comes from both {other.distribution} and {found.distribution}; "
-                    f"uninstall one, rename its entry point, or set MITIGATE_PLUGINS to the packages you want"
-                )
-            table[point.name] = found
+    def claims(self) -> dict[str, list[Entry]]:
+        """Return name -> who brings it, sorted by name; more than one is a clash. Imports no plugin."""
+        found = {name: [Entry(name, value, BUILTIN_DISTRIBUTION)] for name, value in self._builtin.items()}
+        if self._installed is None:  # what is installed stays for this process
+            self._installed = installed(self.group)
+        for entry in self._installed:
+            found.setdefault(entry.name, []).append(entry)
         for name, plugin in self._runtime.items():
-            table[name] = Entry(name, f"{plugin.__module__}:{plugin.__qualname__}", RUNTIME_DISTRIBUTION)
-        return table
+            found[name] = [Entry(name, _value(plugin), RUNTIME_DISTRIBUTION)]
+        return dict(sorted(found.items()))
 
     def names(self) -> list[str]:
         """Return all known names, sorted; imports no plugin."""
-        return sorted(self._table())
+        return list(self.claims())
+
+    def origin(self, name: str) -> Entry:
+        """Return who brings a name, without importing it.
+
+        Raises
+        ------
+        UnknownName
+            If nobody brings it; the message lists the nearest.
+        DuplicateName
+            If two packages bring it.
+        """
+        claims = self.claims()
+        if name not in claims:
+            package = left_out(self.group, name)
+            hint = f" ({package} brings it, but {VARIABLE} leaves that package out)" if package else ""
+            raise UnknownName(f"unknown {self.kind} {name!r}{hint}{suggestion(name, claims)}")
+        if len(claims[name]) > 1:
+            both = " and ".join(entry.distribution for entry in claims[name])
+            raise DuplicateName(
+                f"{self.kind} {name!r} comes from both {both}; "
+                f"uninstall one, rename its entry point, or set MITIGATE_PLUGINS to the packages you want"
+            )
+        return claims[name][0]
 
     def get(self, name: str) -> type[T]:
         """Import a plugin.
 
         Raises
         ------
-        UnknownName
-            If no package registers the name; lists the nearest.
+        UnknownName, DuplicateName
+            As `origin` does.
         PluginError
             If the plugin cannot be imported or is not what its kind demands.
         """
-        table = self._table()
-        if name not in table:
-            raise UnknownName(f"unknown {self.kind} {name!r}{suggestion(name, table)}")
+        entry = self.origin(name)
         if name in self._runtime:
             return self._runtime[name]
-        entry = table[name]
-        module, _, attribute = entry.value.partition(":")
-        try:
-            plugin = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no message"
-            raise PluginError(
-                f"{self.kind} {name!r} of {entry.distribution} cannot be imported: {type(error).__name__}: {reason}\n"
-                f"look at `python -c 'import {module}'`, or update or uninstall {entry.distribution}"
-            ) from error
+        plugin = load(entry, self.kind)
         self._check(name, plugin, entry.distribution)
         return cast("type[T]", plugin)
 
     def _check(self, name: str, plugin: Any, distribution: str) -> None:
-        if self._base is None:
-            return
+        """Check what every plugin of the kind promises; what it computes is for the conformance checks."""
         module, _, attribute = self._base.partition(":")
         base = getattr(importlib.import_module(module), attribute)
+        who = f"{self.kind} {name!r}{'' if distribution == RUNTIME_DISTRIBUTION else f' of {distribution}'}"
         if not (isinstance(plugin, type) and issubclass(plugin, base)):
-            raise PluginError(f"{self.kind} {name!r} of {distribution} is not a subclass of {module}.{attribute}")
-        declared = getattr(plugin, "name", None)
-        if declared != name:
+            raise PluginError(f"{who} is not a subclass of {module}.{attribute}")
+        known, wanted = getattr(base, "api", 1), getattr(plugin, "api", 1)
+        if wanted > known:
             raise PluginError(
-                f"{self.kind} {name!r} of {distribution} calls itself {declared!r}; "
-                f"give the class `name = {name!r}` or register it under its own name"
+                f"{who} is written for version {wanted} of the {self.kind} interface, this mitigate has version "
+                f"{known}; update mitigate, or install an older {distribution}"
             )
+        if dataclasses.is_dataclass(base) and "__dataclass_fields__" not in vars(plugin):  # inherited ones do not count
+            raise PluginError(f"{who} is no dataclass: decorate the class with @dataclass(frozen=True, kw_only=True)")
+        declared = getattr(plugin, "name", None)
+        if self._named and declared != name:
+            raise PluginError(
+                f"{who} calls itself {declared!r}; give the class `name = {name!r}` or register it under its own name"
+            )
+        for needed, annotation in inspect.get_annotations(base).items():
+            if "ClassVar" in str(annotation) and not hasattr(plugin, needed):
+                raise PluginError(f"{who} has no {needed!r}: give the class `{needed}: {annotation} = ...`")
+
+    def entry(self, name: str) -> Entry:
+        """Return where a known name comes from; imports the plugin to see whether it is broken."""
+        claims = self.claims()[name]
+        try:
+            self.get(name)
+        except PluginError as error:
+            return dataclasses.replace(claims[0], broken=str(error))
+        except DuplicateName as error:
+            both = ", ".join(entry.distribution for entry in claims)
+            return dataclasses.replace(claims[0], distribution=both, broken=str(error))
+        return claims[0]
 
     def entries(self) -> list[Entry]:
-        """Return every known name with where it comes from; imports each plugin to see whether it is broken."""
-        checked = []
-        for name, entry in sorted(self._table().items()):
-            try:
-                self.get(name)
-            except PluginError as error:
-                checked.append(Entry(name, entry.value, entry.distribution, str(error)))
-            else:
-                checked.append(entry)
-        return checked
+        """Return every known name with where it comes from and whether it is broken; imports all plugins."""
+        return [self.entry(name) for name in self.names()]
 
     def register(self, name: str, plugin: type[T]) -> type[T]:
-        """Add a class for the life of this process.
+        """Add a class for the life of this process; one that another class of its module had is replaced.
 
-        Registering a class of the same module and name again replaces it, as a re-run notebook cell does.
+        So a notebook cell can be changed and run again.
 
         Raises
         ------
@@ -177,13 +183,16 @@ class Registry(Generic[T]):
         PluginError
             If the class is not what its kind demands.
         """
-        self._check(name, plugin, RUNTIME_DISTRIBUTION)
-        other = self._table().get(name)
-        value = f"{plugin.__module__}:{plugin.__qualname__}"
-        if other is not None and other.value != value:
+        other = next(iter(self.claims().get(name, [])), None)
+        again = other is not None and (
+            other.value == _value(plugin)
+            or (name in self._runtime and self._runtime[name].__module__ == plugin.__module__)
+        )
+        if other is not None and not again:
             raise DuplicateName(
                 f"{self.kind} {name!r} already comes from {other.distribution} ({other.value}); choose another name"
             )
+        self._check(name, plugin, RUNTIME_DISTRIBUTION)
         if other is None or other.distribution == RUNTIME_DISTRIBUTION:
             self._runtime[name] = plugin
         return plugin
@@ -193,20 +202,14 @@ class Registry(Generic[T]):
         self._runtime.pop(name, None)
 
 
-def _entry_points(group: str) -> list[Any]:
-    """Return the entry points of a group, limited by ``MITIGATE_PLUGINS`` (``none`` or package names, by commas)."""
-    wanted = os.environ.get("MITIGATE_PLUGINS")
-    points = list(entry_points(group=group))
-    if wanted is None:
-        return points
-    allowed = {part.strip() for part in wanted.split(",")} - {"", "none"}
-    return [point for point in points if point.dist is not None and point.dist.name in allowed]
+def _value(plugin: type) -> str:
+    return f"{plugin.__module__}:{plugin.__qualname__}"
 
 
 @cache
-def _registry(kind: str, group: str, package: str, base: str | None) -> Registry[Any]:
+def _registry(kind: str, group: str, package: str, base: str, *, named: bool = True) -> Registry[Any]:
     builtin: Mapping[str, str] = importlib.import_module(package).BUILTIN
-    return Registry(kind, group, builtin, base)
+    return Registry(kind, group, builtin, base, named=named)
 
 
 def methods() -> Registry[Method]:
@@ -219,25 +222,47 @@ def benchmarks() -> Registry[Any]:
     return _registry("benchmark", "mitigate.benchmarks", "mitigate.benchmarks", "mitigate.benchmarks.base:Benchmark")
 
 
+def metrics() -> Registry[Any]:
+    """Return the registry of metrics."""
+    return _registry("metric", "mitigate.metrics", "mitigate.metrics", "mitigate.metrics.base:Scorer")
+
+
 def trackers() -> Registry[Any]:
     """Return the registry of trackers."""
     return _registry("tracker", "mitigate.trackers", "mitigate.trackers", "mitigate.trackers.base:Tracker")
 
 
+def diagnostics() -> Registry[Any]:
+    """Return the registry of diagnostics."""
+    return _registry(
+        "diagnostic", "mitigate.diagnostics", "mitigate.diagnostics", "mitigate.diagnostics.base:Diagnostic"
+    )
+
+
 def adapters() -> Registry[Any]:
-    """Return the registry of model adapters, by transformers' ``model_type``."""
-    return _registry("model adapter", "mitigate.models", "mitigate.adapters", None)
-
-
-def config_packages() -> dict[str, str]:
-    """Return distribution name -> importable package of configuration files that installed packages add."""
-    return {(point.dist.name if point.dist else point.name): point.value for point in _entry_points("mitigate.configs")}
+    """Return the registry of model adapters, by transformers' ``model_type``; importing one imports torch."""
+    return _registry(
+        "model adapter", "mitigate.models", "mitigate.adapters", "mitigate.adapters.base:Adapter", named=False
+    )
 
 
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Register a method class for this process, for notebooks: ``@register_method("mine")``."""
+    """Register a method class for this process, for notebooks.
+
+    Configurations, stacks and commands of this process know the name from then on. The class gets the name if it has
+    none; running the cell again replaces the class.
+
+    Examples
+    --------
+    >>> from mitigate import register_method
+    >>> @register_method("mine")  # doctest: +SKIP
+    ... @dataclass(frozen=True, kw_only=True)
+    ... class Mine(Method): ...
+    """
 
     def decorate(plugin: type[Method]) -> type[Method]:
+        if isinstance(plugin, type) and not hasattr(plugin, "name"):
+            plugin.name = name
         return methods().register(name, plugin)
 
     return decorate

@@ -28,6 +28,8 @@ class Adapter(ABC):
     """transformers' ``model_type``, and the name under which the adapter is registered."""
     spatial_grid: bool = True
     """Whether image tokens form a raster."""
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     tiny: ClassVar[str | None] = None
     """``module:function`` that builds a tiny random model and its processor, for the conformance checks of methods."""
 

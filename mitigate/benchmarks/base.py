@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from mitigate.metrics.base import Scorer
+
 SpanKind = Literal["plain", "correct", "hallucinated"]
 
 Box = tuple[float, float, float, float]
@@ -59,23 +61,29 @@ class Span:
 class Benchmark:
     """Base class of every benchmark: a frozen dataclass of plain parameters.
 
-    A subclass brings `samples`, `images`, `metrics` and `score`; the rest follows from them.
+    A subclass brings `samples`, `images`, and either `scorers` or `metrics` and `score`; the rest follows from them.
 
     Parameters
     ----------
     limit
         How much of the benchmark to use, in its own unit; ``None`` for its default size.
+    extra_metrics
+        Names of further metrics to score the answers with (`mitigate list metrics`).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[int] = 1
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
 
     limit: int | None = None
+    extra_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         self.require(self.limit is None or self.limit >= 1, "limit", "be at least 1, or null for the default size")
+        object.__setattr__(self, "extra_metrics", tuple(self.extra_metrics))  # may come as a list
 
     def samples(self) -> list[Sample]:
         """Return all samples, always the same ones in the same order."""
@@ -85,13 +93,71 @@ class Benchmark:
         """Return the pictures of a sample, RGB, in the order the prompt takes them."""
         raise NotImplementedError(f"{type(self).__name__} has no pictures: override images()")
 
+    def scorers(self) -> list[Scorer]:
+        """Return the metric plugins the benchmark is scored with."""
+        return []
+
     def metrics(self) -> list[Metric]:
-        """Return the metrics in the order of the table."""
-        raise NotImplementedError(f"{type(self).__name__} has no metrics: override metrics()")
+        """Return the benchmark's own metrics in the order of the table; by default those of its scorers."""
+        if scorers := self.scorers():
+            return [metric for scorer in scorers for metric in scorer.metrics()]
+        raise NotImplementedError(f"{type(self).__name__} has no metrics: override scorers() or metrics()")
 
     def score(self, record: SampleRecord) -> Mapping[str, float]:
-        """Return what one answered sample adds to the metrics' count columns."""
-        raise NotImplementedError(f"{type(self).__name__} cannot score: override score()")
+        """Return what one answered sample adds to the count columns; by default what the scorers count."""
+        if scorers := self.scorers():
+            return {column: amount for scorer in scorers for column, amount in scorer.score(record, self).items()}
+        raise NotImplementedError(f"{type(self).__name__} cannot score: override scorers() or score()")
+
+    def all_metrics(self) -> list[Metric]:
+        """Return the benchmark's own metrics and then the `extra_metrics`.
+
+        Raises
+        ------
+        ConfigError
+            If an extra metric is unknown, broken, or measures what is measured already.
+        """
+        found = self.metrics()
+        for scorer in self._extra():
+            taken = {metric.name for metric in found} | {column for metric in found for column in metric.columns}
+            for metric in scorer.metrics():
+                both = sorted(taken.intersection({metric.name, *metric.columns}))
+                self.require(
+                    not both, "extra_metrics", f"leave out {scorer.name}: {', '.join(both[:1])} is measured already"
+                )
+                found.append(metric)
+        return found
+
+    def _extra(self) -> list[Scorer]:
+        from mitigate.registry import metrics
+
+        return [metrics().get(name)() for name in self.extra_metrics]
+
+    def truth(self, sample: Sample | SampleRecord, key: str) -> Any:
+        """Return a part of a sample's ground truth.
+
+        Raises
+        ------
+        DataError
+            If the sample has none.
+        """
+        try:
+            return sample.meta[key]
+        except KeyError:
+            raise DataError(
+                f"sample {sample.id!r} has no {key!r} in its meta; it was not made by this benchmark, "
+                f"or a metric does not fit it"
+            ) from None
+
+    def object_words(self) -> Mapping[str, str]:
+        """Return word form -> object class, for metrics that look for objects in texts.
+
+        Raises
+        ------
+        DataError
+            If the benchmark has no such table.
+        """
+        raise DataError(f"the benchmark {self.name} has no table of object words; take the metric that needs it out")
 
     def max_new_tokens(self, sample: Sample) -> int | None:
         """Return the most tokens a reply may have, or ``None`` to leave it to the decoding configuration."""
@@ -125,7 +191,7 @@ class Benchmark:
         DataError
             If a sample failed, so that its reply would be scored as if the model had been silent.
         """
-        rows = []
+        extra, rows = self._extra(), []
         for record in records:
             if record.error is not None:
                 raise DataError(
@@ -133,7 +199,8 @@ class Benchmark:
                     "start the run again, finished samples are kept"
                 )
             rows.append((record.image_id, self.score(record)))
-        return ImageCounts.accumulate(rows, (column for metric in self.metrics() for column in metric.columns))
+            rows += [(record.image_id, scorer.score(record, self)) for scorer in extra]
+        return ImageCounts.accumulate(rows, (column for metric in self.all_metrics() for column in metric.columns))
 
     def params(self) -> dict[str, Any]:
         """Return the parameters by name, as plain JSON."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from mitigate.benchmarks.base import Benchmark, Box, Sample, Span, SpanKind
 from mitigate.errors import DataError
-from mitigate.metrics.chair import chair_counts, chair_metrics, mentions
-from mitigate.metrics.pope import PARSERS, SPLITS, parse, pope_counts, pope_metrics
+from mitigate.metrics.chair import mentions
+from mitigate.metrics.pope import PARSERS, SPLITS, parse
+from mitigate.registry import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
 
-    from mitigate.metrics.base import Metric
+    from mitigate.metrics.base import Scorer
     from mitigate.records import SampleRecord
     from mitigate.testbed.world import Scene
 
@@ -93,10 +93,10 @@ class Testbed(Benchmark):
         """Return a few tokens for an answer; captions are left to the decoding configuration."""
         return _ANSWER_TOKENS if sample.task == "yes_no" else None
 
-    def metrics(self) -> list[Metric]:
-        """Return the metrics of the chosen tasks."""
-        chair = chair_metrics() if "chair" in self.tasks else []
-        return chair + (pope_metrics() if "pope" in self.tasks else [])
+    def scorers(self) -> list[Scorer]:
+        """Return the metrics of the chosen tasks: each task is called after its metric."""
+        parameters = {"pope": {"parser": self.parser}}
+        return [metrics().get(task)(**parameters.get(task, {})) for task in TASKS if task in self.tasks]
 
     @property
     def headline(self) -> tuple[str, ...]:
@@ -111,31 +111,30 @@ class Testbed(Benchmark):
         DataError
             If the record belongs to a task that is not chosen, or lacks its ground truth.
         """
-        from mitigate.testbed.language import OBJECT_WORDS
-
         if ("chair" if record.task == "caption" else "pope") not in self.tasks:
             raise DataError(f"sample {record.id!r} is a {record.task!r}, but benchmark.tasks={list(self.tasks)}")
-        if record.task == "caption":
-            return chair_counts(record.text, _truth(record, "objects"), OBJECT_WORDS)
-        counts: Counter[str] = Counter()
-        for kind in _truth(record, "pope"):
-            counts.update(pope_counts(record.text, _truth(record, "label"), kind, self.parser))
-        return counts
+        return super().score(record)
+
+    def object_words(self) -> Mapping[str, str]:
+        """Return the words of the testbed's language."""
+        from mitigate.testbed.language import OBJECT_WORDS
+
+        return OBJECT_WORDS
 
     def correct(self, record: SampleRecord) -> bool | None:
         """Return whether a yes/no reply is right; ``None`` for captions."""
-        return parse(record.text, self.parser) == _truth(record, "label") if record.task == "yes_no" else None
+        return parse(record.text, self.parser) == self.truth(record, "label") if record.task == "yes_no" else None
 
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark object words as right or hallucinated; a wrong yes/no reply is marked hallucinated as a whole."""
         from mitigate.testbed.language import OBJECT_WORDS
 
         if sample.task == "yes_no":
-            right = parse(text, self.parser) == _truth(sample, "label")
+            right = parse(text, self.parser) == self.truth(sample, "label")
             return [Span(text, "correct" if right else "hallucinated")] if text else []
         spans, end = [], 0
         for mention in mentions(text, OBJECT_WORDS):
-            kind: SpanKind = "correct" if mention.name in _truth(sample, "objects") else "hallucinated"
+            kind: SpanKind = "correct" if mention.name in self.truth(sample, "objects") else "hallucinated"
             spans += [Span(text[end : mention.start]), Span(text[mention.start : mention.end], kind)]
             end = mention.end
         return [span for span in [*spans, Span(text[end:])] if span.text]
@@ -168,13 +167,6 @@ def _questions(scene: Scene) -> list[Sample]:
         )
         for name, splits in kinds.items()
     ]
-
-
-def _truth(sample: Sample | SampleRecord, key: str) -> Any:
-    try:
-        return sample.meta[key]
-    except KeyError:
-        raise DataError(f"sample {sample.id!r} has no {key!r} in its meta; it was not made by this benchmark") from None
 
 
 @lru_cache(maxsize=256)

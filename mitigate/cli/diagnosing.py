@@ -13,7 +13,7 @@ from rich.table import Table
 from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import INTERRUPTED, OK, USER_ERROR
 from mitigate.cli.options import read_options
-from mitigate.errors import ConfigError, PluginError
+from mitigate.errors import ConfigError, MitigateError
 
 if TYPE_CHECKING:
     from mitigate.diagnostics.base import Diagnostic, Findings
@@ -149,7 +149,7 @@ def _listing() -> str:
     for name in diagnostics().names():
         try:
             lines.append(f"  {name:<10} {diagnostics().get(name).summary}")
-        except PluginError as error:
+        except MitigateError as error:
             lines.append(f"  {name:<10} broken: {str(error).splitlines()[0]}")
     return "\n".join(lines)
 

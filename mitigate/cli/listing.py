@@ -1,32 +1,57 @@
-"""``mitigate list``: what is installed, without loading torch or any model."""
+"""``mitigate list``: what is installed and which package brings it, without loading torch or any model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from mitigate.cli.listing_tables import TABLES
 from mitigate.cli.options import read_options
 from mitigate.compose.facts import facts_of
+from mitigate.compose.packages import brought_files
 from mitigate.compose.schema import ModelConfig
 from mitigate.compose.schemas import parameters_of, plain
 from mitigate.compose.session import Session, flatten, session
-from mitigate.core.method import Method, Tags
-from mitigate.errors import ConfigError
-from mitigate.registry import Registry, benchmarks, methods, suggestion
-
-KINDS = ("methods", "models", "benchmarks", "stacks")
+from mitigate.compose.tuned import tuned_values
+from mitigate.core.method import Method
+from mitigate.discovery import unreadable
+from mitigate.errors import ConfigError, DuplicateName, MitigateError
+from mitigate.registry import (
+    Registry,
+    adapters,
+    benchmarks,
+    config_packages,
+    diagnostics,
+    methods,
+    metrics,
+    suggestion,
+    trackers,
+)
 
 HELP = """\
-Usage: mitigate list [methods|models|benchmarks|stacks] [--json]
+Usage: mitigate list [KIND ...] [--json]
 
-List what is installed, with what packages add. Without a kind: everything. --json gives all there is to know, with
-every parameter's type, default and description.
+List what is installed and which package brings it. Kinds, all of them by default:
+  methods      what can be put into a stack
+  models       options of model=, with the methods whose values are tuned for them
+  benchmarks   options of benchmark=
+  metrics      what answers are scored with; any is added with benchmark.extra_metrics=[NAME]
+  stacks       options of stack=
+  experiments  options of experiment=
+  families     model families with an adapter, by transformers' model_type (named, not imported: that takes torch)
+  diagnostics  what `mitigate diagnose` takes
+  trackers     values of tracker.name
+  packages     packages that bring configuration files, and what is wrong with them
+
+A plugin that cannot be used is listed as broken with the reason; it stops only runs that select it. Exit code 2 if two
+packages claim one name. MITIGATE_PLUGINS=none, or a list of packages by commas, limits what other packages bring.
+--json gives all there is to know, with every parameter's type, default and description.
 """
 
 
@@ -37,42 +62,96 @@ def show(arguments: Sequence[str], console: Console) -> int:
         console.print(HELP, end="", markup=False, highlight=False)
         return 0
     for kind in options.overrides:
-        if kind not in KINDS:
-            raise ConfigError(f"cannot list {kind!r}{suggestion(kind, KINDS)}")
-    kinds = options.overrides or list(KINDS)
+        if kind not in _COLLECT:
+            raise ConfigError(f"cannot list {kind!r}{suggestion(kind, _COLLECT)}")
+    kinds = list(dict.fromkeys(options.overrides)) or list(_COLLECT)
     with session() as hydra:
-        found = {kind: _collect(kind, hydra) for kind in kinds}
+        found = {kind: _COLLECT[kind](hydra) for kind in kinds}
     if options.json:
         content: Any = found if len(kinds) != 1 else found[kinds[0]]
-        console.print(json.dumps(content, indent=2, ensure_ascii=False), markup=False, highlight=False, soft_wrap=True)
-        return 0
-    for kind in kinds:
-        console.print(_TABLES[kind](found[kind]))
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        for kind in kinds:
+            console.print(TABLES[kind](found[kind]))
+    if clashes := [row["broken"] for kind in kinds for row in found[kind] if row.get("clash")]:
+        raise DuplicateName("\n".join(clashes))
     return 0
 
 
-def _collect(kind: str, hydra: Session) -> list[dict[str, Any]]:
-    if kind == "methods":
-        return _plugins(methods(), _about_method)
-    if kind == "benchmarks":
-        return _plugins(benchmarks(), lambda plugin: {"summary": plugin.summary, "version": plugin.version})
-    if kind == "models":
-        return [_about_model(name, hydra) for name in hydra.options("model")]
-    return [_about_stack(name, hydra) for name in hydra.options("stack")]
-
-
-def _plugins(registry: Registry[Any], about: Any) -> list[dict[str, Any]]:
+def _plugins(registry: Registry[Any], about: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for entry in registry.entries():
-        row: dict[str, Any] = {"name": entry.name, "class": entry.value, "distribution": entry.distribution}
+    for name, claims in registry.claims().items():
+        before = "torch" in sys.modules
+        entry = registry.entry(name)
+        row: dict[str, Any] = {"name": name, "class": entry.value, "distribution": entry.distribution}
         if entry.broken is not None:
-            row["broken"] = entry.broken
+            row |= {"broken": entry.broken, "clash": len(claims) > 1}
         else:
-            plugin = registry.get(entry.name)
-            row |= about(plugin)
-            row["parameters"] = [vars(parameter) for parameter in parameters_of(plugin)]
+            plugin = registry.get(name)
+            try:
+                row |= {**about(plugin), "parameters": _parameters(plugin)}
+            except Exception as error:  # whatever a plugin's class attributes hold, the others must be listed
+                reason = str(error) if isinstance(error, MitigateError) else f"{type(error).__name__}: {error}"
+                row["broken"] = f"{registry.kind} {name!r} of {entry.distribution} cannot be described: {reason}"
+        if "torch" in sys.modules and not before:
+            row["imports_torch"] = True
         rows.append(row)
     return rows
+
+
+def _parameters(plugin: type) -> list[dict[str, Any]]:
+    return [vars(parameter) for parameter in parameters_of(plugin)] if dataclasses.is_dataclass(plugin) else []
+
+
+def _families(_: Session) -> list[dict[str, Any]]:
+    """Return the model families; adapters need torch, so their modules are looked for and not run."""
+    rows = []
+    for name, claims in adapters().claims().items():
+        entry = claims[0]
+        row: dict[str, Any] = {"name": name, "class": entry.value, "distribution": entry.distribution}
+        try:
+            adapters().origin(name)
+        except DuplicateName as error:
+            row |= {"distribution": ", ".join(claim.distribution for claim in claims), "broken": str(error)}
+            row["clash"] = True
+        else:
+            reason = unreadable(entry)
+            if reason is not None:
+                row["broken"] = f"model adapter {name!r} of {entry.distribution} cannot be imported: {reason}"
+        rows.append(row)
+    return rows
+
+
+def _packages(hydra: Session) -> list[dict[str, Any]]:
+    files = brought_files(hydra)
+    rows: list[dict[str, Any]] = [
+        {"name": item.package, "distribution": item.distribution, "files": item.files, "unused": item.unused}
+        for item in files
+    ]
+    for entry in config_packages():
+        if entry.broken is not None:
+            rows.append({"name": entry.value, "distribution": entry.distribution, "broken": entry.broken})
+    return rows
+
+
+def _options(group: str, about: Callable[[str, Session], dict[str, Any]]) -> Callable[[Session], list[dict[str, Any]]]:
+    """Return what collects the options of a group of files."""
+
+    def collect(hydra: Session) -> list[dict[str, Any]]:
+        rows = []
+        for name in hydra.options(group):
+            row: dict[str, Any] = {"name": name, "distribution": ", ".join(hydra.brought_by(f"{group}/{name}"))}
+            try:
+                hydra.check_option(f"{group}/{name}")
+                row |= about(name, hydra)
+            except Exception as error:  # a file of another package may hold anything
+                reason = str(error) if isinstance(error, MitigateError) else f"{type(error).__name__}: {error}"
+                row |= {"broken": reason, "clash": isinstance(error, DuplicateName)}
+            rows.append(row)
+        return rows
+
+    return collect
 
 
 def _about_method(plugin: type[Method]) -> dict[str, Any]:
@@ -94,14 +173,18 @@ def fidelity_of(plugin: type[Method], preset: str) -> str:
 
 
 def _about_model(name: str, hydra: Session) -> dict[str, Any]:
-    values: Any = OmegaConf.to_container(OmegaConf.merge(ModelConfig, hydra.load_raw(f"model/{name}")))
+    config: Any = OmegaConf.merge(ModelConfig, hydra.load_raw(f"model/{name}"))
+    values: Any = OmegaConf.to_container(config)
     facts = facts_of(values) if values["path"] else None
+    tuned = {
+        method: {parameter: {"value": item.value, "from": item.source} for parameter, item in chosen}
+        for method, chosen in tuned_values(hydra, name, config).items()
+    }
     return {
-        "name": name,
         "path": values["path"],
         "dtype": values["dtype"],
         "geometry": None if facts is None else vars(facts),
-        "tuned": values["tuned"],
+        "tuned": tuned,
     }
 
 
@@ -112,79 +195,35 @@ def _about_stack(name: str, hydra: Session) -> dict[str, Any]:
             value = default.value
             chosen = [str(option) for option in (value if isinstance(value, (list, ListConfig)) else [value])]
     raw = OmegaConf.to_container(hydra.load_raw(f"stack/{name}"))
-    return {"name": name, "methods": chosen, "values": flatten(raw)}
+    return {"methods": chosen, "values": flatten(raw)}
 
 
-def extra_passes(tags: Tags | dict[str, Any]) -> str:
-    """Write the extra passes of a method's tags: ``1 forward/sample, 1 backward/token`` or ``none``."""
-    values = vars(tags) if isinstance(tags, Tags) else tags
-    parts = []
-    for key in ("forwards_per_sample", "forwards_per_token", "backwards_per_token"):
-        if values[key]:
-            passes, _, unit = key.partition("s_per_")
-            parts.append(f"{values[key]:g} {passes}/{unit}")
-    return ", ".join(parts) or "none"
+def _about_experiment(name: str, hydra: Session) -> dict[str, Any]:
+    return {"values": flatten(OmegaConf.to_container(hydra.load_raw(f"experiment/{name}")))}
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _about_metric(plugin: Any) -> dict[str, Any]:
+    made = [metric.name for metric in plugin().metrics()]
+    return {"summary": plugin.summary, "version": plugin.version, "metrics": made}
 
 
-def _method_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Methods", "name", "what it does", "paper", "fidelity", "points", "extra passes")
-    for row in rows:
-        if "broken" in row:
-            table.add_row(row["name"], Text(f"broken: {row['broken']}", style="red"), "", "", "", "")
-            continue
-        points = dict.fromkeys([*row["tags"]["reads"], *row["tags"]["writes"]])
-        paper = f"arXiv {row['paper']['arxiv']}" if row["paper"] else ""
-        passes = extra_passes(row["tags"])
-        cells = (row["name"], row["summary"], paper, _fidelity_text(row), ", ".join(points), passes)
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+def _about(plugin: Any) -> dict[str, Any]:
+    return {"summary": plugin.summary, "version": plugin.version}
 
 
-def _fidelity_text(row: dict[str, Any]) -> str:
-    """Write a method's fidelity, and below it the presets that have another."""
-    others = {preset: word for preset, word in row["preset_fidelity"].items() if word != row["fidelity"]}
-    return "\n".join([row["fidelity"], *(f"{preset}: {word}" for preset, word in others.items())])
+def _about_tracker(plugin: Any) -> dict[str, Any]:
+    return {"summary": plugin.summary, "modes": list(plugin.modes)}
 
 
-def _benchmark_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Benchmarks", "name", "what it measures", "version", "parameters")
-    for row in rows:
-        text = f"broken: {row['broken']}" if "broken" in row else row["summary"]
-        names = ", ".join(parameter["name"] for parameter in row.get("parameters", []))
-        table.add_row(*(Text(cell) for cell in (row["name"], text, str(row.get("version", "")), names)))
-    return table
-
-
-def _model_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Models", "name", "checkpoint", "dtype", "decoder", "tuned for")
-    for row in rows:
-        facts = row["geometry"]
-        shape = (
-            f"{facts['family']}, {facts['layers']} layers, {facts['heads']} heads" if facts else "from the checkpoint"
-        )
-        cells = (row["name"], row["path"] or "model.path=...", row["dtype"], shape, ", ".join(row["tuned"]))
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
-
-
-def _stack_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Stacks", "name", "methods, in order", "values of its own")
-    for row in rows:
-        values = ", ".join(f"{key}={value}" for key, value in row["values"].items())
-        table.add_row(*(Text(cell) for cell in (row["name"], ", ".join(row["methods"]) or "(none)", values)))
-    return table
-
-
-_TABLES = {
-    "methods": _method_table,
-    "benchmarks": _benchmark_table,
-    "models": _model_table,
-    "stacks": _stack_table,
+_COLLECT: dict[str, Callable[[Session], list[dict[str, Any]]]] = {
+    "methods": lambda _: _plugins(methods(), _about_method),
+    "models": _options("model", _about_model),
+    "benchmarks": lambda _: _plugins(benchmarks(), _about),
+    "metrics": lambda _: _plugins(metrics(), _about_metric),
+    "stacks": _options("stack", _about_stack),
+    "experiments": _options("experiment", _about_experiment),
+    "families": _families,
+    "diagnostics": lambda _: _plugins(diagnostics(), _about),
+    "trackers": lambda _: _plugins(trackers(), _about_tracker),
+    "packages": _packages,
 }

@@ -12,6 +12,11 @@ from mitigate.errors import ConfigError
 from mitigate.registry import suggestion
 
 _FLAGS = {"-h": "help", "--help": "help", "-m": "sweep", "--multirun": "sweep", "--json": "json", "--all": "all"}
+#: Flag -> option, the one value it takes, and what it prints.
+_WITH_VALUE = {
+    "--cfg": ("config", "job", "the complete configuration of the run"),
+    "--info": ("search_path", "searchpath", "where configuration files are looked for"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Options:
         Whether the flag was given.
     config
         Whether to print the composed configuration and stop (``--cfg job``).
+    search_path
+        Whether to print where configuration files are looked for and stop (``--info searchpath``).
     """
 
     overrides: list[str]
@@ -34,6 +41,7 @@ class Options:
     json: bool = False
     all: bool = False
     config: bool = False
+    search_path: bool = False
 
 
 def read_options(command: str, arguments: Sequence[str], allowed: Sequence[str]) -> Options:
@@ -61,29 +69,30 @@ def read_options(command: str, arguments: Sequence[str], allowed: Sequence[str])
         flag, _, value = argument.partition("=")
         if not argument.startswith("-"):
             overrides.append(argument)
-        elif flag == "--cfg" and "config" in allowed:
+        elif flag in _WITH_VALUE and _WITH_VALUE[flag][0] in allowed:
+            name, only, what = _WITH_VALUE[flag]
             value = value or (remaining.pop(0) if remaining else "")
-            if value != "job":
-                raise ConfigError(f"--cfg {value}: only `--cfg job` is known, the complete configuration of the run")
-            found["config"] = True
+            if value != only:
+                raise ConfigError(f"{flag} {value}: only `{flag} {only}` is known, {what}")
+            found[name] = True
         elif _FLAGS.get(argument) in (*allowed, "help"):
             found[_FLAGS[argument]] = True
         else:
             known = [key for key, name in _FLAGS.items() if name in (*allowed, "help")]
-            known += ["--cfg job"] if "config" in allowed else []
+            known += [f"{key} {only}" for key, (name, only, _) in _WITH_VALUE.items() if name in allowed]
             raise ConfigError(f"mitigate {command} has no option {argument!r}{suggestion(argument, known)}")
     return Options(overrides, **found)
 
 
 _HEADS = {
     "run": """\
-Usage: mitigate run [-m] [--cfg job] [KEY=VALUE ...]
+Usage: mitigate run [-m] [--cfg job] [--info searchpath] [KEY=VALUE ...]
 
 Run one stack of methods on one benchmark; write one record per sample and one for the run under runs/.
 A run that was interrupted goes on where it stopped when it is started again.
 """,
     "compare": """\
-Usage: mitigate compare [-m] [--cfg job] [KEY=VALUE ...]
+Usage: mitigate compare [-m] [--cfg job] [--info searchpath] [KEY=VALUE ...]
 
 Run several stacks on the same samples and compare each to `none`, paired by picture, with 95 % intervals:
 one table, comparison.json, report.html, one W&B run per stack in one group. Finished stacks are not run again.
@@ -91,7 +100,7 @@ one table, comparison.json, report.html, one W&B run per stack in one group. Fin
 Values of a method (methods.NAME.KEY=VALUE) go to the stacks that have the method.
 """,
     "plan": """\
-Usage: mitigate plan [--json] [KEY=VALUE ...]
+Usage: mitigate plan [--json] [--info searchpath] [KEY=VALUE ...]
 
 Print what the composed stack would do, without loading a model: the points it acts on, layers, order, costs, how
 close each method's preset is to its paper, and every value with where it came from. Takes what `mitigate run` takes,
@@ -103,6 +112,8 @@ _FLAG_TEXT = """
 Options
   -m, --multirun   run every combination of values given as KEY=A,B; all are checked before the first starts
   --cfg job        print the complete configuration and stop
+  --info searchpath
+                   print which packages' configuration files are used, in the order they are looked for, and stop
   -h, --help       this text
 """
 

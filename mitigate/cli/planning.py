@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mitigate.cli.listing import extra_passes, fidelity_of
+from mitigate.cli.listing import fidelity_of
+from mitigate.cli.listing_tables import extra_passes
 from mitigate.cli.options import help_text, read_options
+from mitigate.cli.searching import show_search_path
 from mitigate.compose import compose_comparison, compose_run
 from mitigate.compose.session import flatten
 from mitigate.core.plan import plan_stack, plan_streams
@@ -37,10 +39,12 @@ _PHASES: dict[str, str] = {
 
 def plan(arguments: Sequence[str], console: Console) -> int:
     """Print the plan of one stack, or of every stack of ``stacks=[...]``."""
-    options = read_options("plan", arguments, ("json",))
+    options = read_options("plan", arguments, ("json", "search_path"))
     if options.help:
         console.print(help_text("plan"), end="", markup=False, highlight=False, soft_wrap=True)
         return 0
+    if options.search_path:
+        return show_search_path(console)
     several = any(override.startswith(("stacks=", "stack=[")) for override in options.overrides)
     runs = compose_comparison(options.overrides) if several else [compose_run(options.overrides)]
     if options.json:

@@ -14,13 +14,14 @@ from rich.table import Table
 from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import INTERRUPTED
 from mitigate.cli.options import help_text, read_options
+from mitigate.cli.searching import show_search_path
 from mitigate.errors import ConfigError
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
     from mitigate.records import RunRecord
 
-_ALLOWED = ("sweep", "config")
+_ALLOWED = ("sweep", "config", "search_path")
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -28,6 +29,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
     options = read_options("run", arguments, _ALLOWED)
     if options.help:
         return _print(console, help_text("run"))
+    if options.search_path:
+        return show_search_path(console)
     from mitigate.compose import compose_run, compose_sweep
 
     jobs = compose_sweep(options.overrides) if options.sweep else [compose_run(options.overrides)]
@@ -55,6 +58,8 @@ def compare(arguments: Sequence[str], console: Console) -> int:
     options = read_options("compare", arguments, _ALLOWED)
     if options.help:
         return _print(console, help_text("compare"))
+    if options.search_path:
+        return show_search_path(console)
     from mitigate.compose import comparison_digest, comparison_name, compose_comparison, compose_comparison_sweep
 
     notes: list[str] = []
@@ -111,7 +116,7 @@ def _check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
 def _metrics(job: ResolvedRun, record: RunRecord) -> Table:
     """Return a run's metrics with their 95 % intervals."""
     table = Table("metric", "value", "95 % interval", title=job.stack_name, title_justify="left")
-    percent = {metric.name for metric in job.benchmark.metrics() if metric.percent}
+    percent = {metric.name for metric in job.benchmark.all_metrics() if metric.percent}
     for name, interval in record.metrics.items():
         scale, unit = (100.0, " %") if name in percent else (1.0, "")
         value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))

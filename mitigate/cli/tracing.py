@@ -48,7 +48,7 @@ Examples
   mitigate trace testbed:test-0 "Describe the image." 'methods=[NAME]'
   mitigate trace photo.jpg "Is there a dog?" model=llava-1.5-7b stack=NAME decoding.max_new_tokens=16
 
-Model, methods, decoding and seed as for `mitigate run` (see its --help); the benchmark is not used.
+Model, methods, decoding and seed as for `mitigate run` (see its --help); there is no benchmark.
 """
 
 
@@ -62,6 +62,9 @@ def trace(arguments: Sequence[str], console: Console) -> int:
     outs = [item.partition("=")[2] for item in rest if item.startswith("out=")]
     if any(not out for out in outs):
         raise ConfigError("out= needs a folder: out=FOLDER")
+    for item in rest:
+        if re.match(r"[+~]*benchmark\b", item):
+            raise ConfigError(f"{item}: a trace has one picture and one question, no benchmark; drop it")
     from mitigate.compose import compose_run
     from mitigate.compose.checks import check_family
 

@@ -101,6 +101,8 @@ def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
     ------
     UnsupportedModel
         Naming the families that are served.
+    PluginError, DuplicateName
+        If the family's adapter cannot be used: it is imported here, before weights are loaded.
     """
     family = config["model"]["family"] if facts is None else facts.family
     served = adapters().names()
@@ -109,6 +111,8 @@ def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
             f"model={config['model']['name']} is of family {family}, which cannot be run yet (`mitigate plan` works); "
             f"served: {', '.join(served)}. An outside package can bring an adapter (entry-point group mitigate.models)"
         )
+    if family is not None:
+        adapters().get(family)
 
 
 def check_stack(methods: Mapping[str, Method], facts: ModelFacts | None, config: Mapping[str, Any]) -> None:

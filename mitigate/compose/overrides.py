@@ -95,7 +95,7 @@ def _check_group(session: Session, override: Override) -> None:
     elif group == "benchmark":
         benchmarks().get(value)
     elif value not in session.options(group):
-        raise UnknownName(f"{group}={value} is unknown{suggestion(value, session.options(group))}")
+        raise session.unknown_option(group, value)
 
 
 def check_method_list(value: Any, text: str) -> None:

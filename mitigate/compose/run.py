@@ -16,6 +16,7 @@ from mitigate.compose.overrides import check_values, expand_sweeps, method_keys,
 from mitigate.compose.resolved import ResolvedRun
 from mitigate.compose.schemas import native
 from mitigate.compose.session import Composed, Session, flatten, session
+from mitigate.compose.tuned import tuned_for, tuned_values
 from mitigate.compose.values import DEFAULT, MethodValues, decide
 from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import benchmarks, methods, suggestion
@@ -113,11 +114,12 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
     values = len(groups) < len(parsed)
     config = hydra.merge([_forced(override) for override in parsed]) if values else copy.deepcopy(chosen.config)
     origins = {**chosen.origins, **_set_by_hand(hydra, parsed)}
-    model = str(config.model.name)
+    tuned = tuned_values(hydra, chosen.chosen.get("model"), config.model)
     try:
-        keys = method_keys(config)
-        tuned = {key: _tuned(config, key) for key in keys}
-        decided = {key: decide(key, config.methods[key], tuned[key], model, origins) for key in keys}
+        decided = {
+            key: decide(key, config.methods[key], tuned_for(str(config.methods[key].name), tuned), origins)
+            for key in method_keys(config)
+        }
         config.methods = {key: values.node() for key, values in decided.items()}
         config.model.tuned = {}
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -163,12 +165,8 @@ def _build(
     for key, values in decided.items():
         provenance |= {f"methods.{key}.{parameter}": source for parameter, source in values.provenance.items()}
     benchmark = plugin(**native(plugin, parameters))
+    benchmark.all_metrics()  # a metric that is unknown, or cannot be added, is refused before anything runs
     return ResolvedRun(config, built, benchmark, facts, provenance, name)
-
-
-def _tuned(config: DictConfig, key: str) -> dict[str, Any]:
-    table = config.model.tuned.get(str(config.methods[key].name))
-    return {} if table is None else {str(name): value for name, value in table.items()}
 
 
 def _forced(override: Override) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -20,15 +21,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mitigate.compose.schema import RunConfig
 from mitigate.compose.schemas import schema_of
-from mitigate.compose.search_path import MitigateSearchPath
-from mitigate.errors import ConfigError, PluginError
-from mitigate.registry import Registry, benchmarks, methods
+from mitigate.compose.search_path import MitigateSearchPath, distribution_of
+from mitigate.errors import ConfigError, DuplicateName, UnknownName
+from mitigate.registry import Registry, benchmarks, config_packages, methods, suggestion
 
 PRIMARY = "config"
 #: Groups whose options are files; the options of ``methods`` and ``benchmark`` come from the registries.
 FILE_GROUPS = ("model", "stack", "decoding", "trainer", "tracker", "experiment")
 GROUPS = (*FILE_GROUPS, "methods", "benchmark")
 
+#: Values per model that packages add; no group of its own, since nobody chooses there (`mitigate.compose.tuned`).
+TUNED = "tuned"
+#: Groups whose options are generated from the registered classes.
+_GENERATED = ("methods", "benchmark")
 _SCHEMAS = ("run_schema", "methods/", "benchmark/")
 
 
@@ -51,6 +56,15 @@ class Composed:
     chosen: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Place:
+    """One place of the search path: who adds it, its address, and the folder on this machine."""
+
+    provider: str
+    path: str
+    folder: str
+
+
 class Session:
     """An open Hydra configuration search path."""
 
@@ -63,6 +77,49 @@ class Session:
         if group not in FILE_GROUPS:
             return _registry_of(group).names()
         return sorted(self._loader.get_group_options(group))
+
+    def sources(self) -> list[Any]:
+        """Return the places of configuration files, in the order in which Hydra looks; not the generated schemas."""
+        return [source for source in self._loader.repository.get_sources() if source.scheme() != "structured"]
+
+    def search_path(self) -> list[Place]:
+        """Return the places Hydra looks for configuration files, in its order."""
+        places = []
+        for source in self._loader.repository.get_sources():
+            folder = str(resources.files(source.path)) if source.scheme() == "pkg" else ""
+            places.append(Place(source.provider, f"{source.scheme()}://{source.path}", folder))
+        return places
+
+    def brought_by(self, path: str) -> list[str]:
+        """Return the packages that bring a configuration file (``"stack/NAME"``), in Hydra's order."""
+        return [distribution_of(source.provider) for source in self.sources() if source.is_config(path)]
+
+    def check_option(self, path: str) -> None:
+        """Refuse a configuration file that Hydra would take from one of several packages, or that hides a plugin.
+
+        Raises
+        ------
+        DuplicateName
+            If two packages bring the file.
+        ConfigError
+            If a package brings a file where options are generated.
+        """
+        packages = self.brought_by(path)
+        if path.startswith(_GENERATED) and packages:
+            raise ConfigError(
+                f"conf/{path}.yaml of {packages[0]} stands in the way: options of {path.partition('/')[0]} are made "
+                f"from the class; move its values to conf/stack, conf/experiment or conf/{TUNED}"
+            )
+        if len(packages) > 1:
+            raise DuplicateName(
+                f"conf/{path}.yaml comes from both {' and '.join(packages)}; rename one (such as PACKAGE_NAME), or "
+                f"set MITIGATE_PLUGINS to the packages you want"
+            )
+
+    def unknown_option(self, group: str, option: str) -> UnknownName:
+        """Return the error for an option no file has; it says so if files of a package cannot be read."""
+        unread = [f"\n{entry.broken}" for entry in config_packages() if entry.broken is not None]
+        return UnknownName(f"{group}={option} is unknown{suggestion(option, self.options(group))}{''.join(unread[:1])}")
 
     def parse(self, tokens: Sequence[str]) -> list[Override]:
         """Parse overrides.
@@ -106,16 +163,22 @@ class Session:
         return self._composed[key]
 
     def merge(self, tokens: Sequence[str]) -> DictConfig:
-        """Return what Hydra merges from the files and the overrides; its errors become `ConfigError`."""
-        try:
-            return compose(PRIMARY, overrides=list(tokens))
-        except MissingConfigException as error:
-            group, _, option = (error.missing_cfg_file or "").partition("/")
-            if group in ("methods", "benchmark"):
-                _registry_of(group).get(option)  # says why it is missing: unknown, or broken
-            raise ConfigError(_explain(error)) from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(error)) from error
+        """Return what Hydra merges from the files and the overrides; its errors become `ConfigError`.
+
+        The schema of a plugin is made when Hydra first asks for it: only what a run selects is imported.
+        """
+        made: set[str] = set()
+        while True:
+            try:
+                return compose(PRIMARY, overrides=list(tokens))
+            except MissingConfigException as error:
+                missing = error.missing_cfg_file or ""
+                if not missing.startswith(_GENERATED) or missing in made:
+                    raise ConfigError(_explain(error)) from error
+                made.add(missing)
+                _store_schema(*missing.split("/", 1))
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(_explain(error)) from error
 
     def _compose(self, tokens: Sequence[str]) -> Composed:
         config = self.merge(tokens)
@@ -127,7 +190,10 @@ class Session:
         chosen: dict[str, str] = {}
         for default in defaults:
             path = default.config_path
-            if path is None or path.startswith(("hydra/", "_dummy")) or path.startswith(_SCHEMAS):
+            if path is None or path.startswith(("hydra/", "_dummy")):
+                continue
+            self.check_option(path)
+            if path.startswith(_SCHEMAS):
                 continue
             group, _, option = path.partition("/")
             if option:
@@ -155,12 +221,9 @@ def session() -> Iterator[Session]:
     if MitigateSearchPath not in plugins.discover():
         plugins.register(MitigateSearchPath)
     store = ConfigStore.instance()
+    for group in _GENERATED:  # a class registered at run time may have changed since
+        store.repo[group] = {}
     store.store(name="run_schema", node=RunConfig, provider="mitigate")
-    for name, plugin in _usable(methods()):
-        node = {name: schema_of(name, plugin, extras=("preset",), unset=True)}
-        store.store(group="methods", name=name, node=node, provider="mitigate")
-    for name, plugin in _usable(benchmarks()):
-        store.store(group="benchmark", name=name, node=schema_of(name, plugin), provider="mitigate")
     with initialize_config_module("mitigate.conf", job_name="mitigate", version_base="1.3"):
         yield Session()
 
@@ -169,13 +232,19 @@ def _registry_of(group: str) -> Registry[Any]:
     return methods() if group == "methods" else benchmarks()
 
 
-def _usable(registry: Registry[Any]) -> Iterator[tuple[str, type]]:
-    """Yield the plugins that can be imported; a broken one matters only to runs that select it."""
-    for name in registry.names():
-        try:
-            yield name, registry.get(name)
-        except PluginError:
-            continue
+def _store_schema(group: str, name: str) -> None:
+    """Generate and store the options of one plugin.
+
+    Raises
+    ------
+    UnknownName, DuplicateName, PluginError
+        Why there is no such plugin, or why it cannot be used.
+    """
+    registry = _registry_of(group)
+    plugin, provider = registry.get(name), f"mitigate:{registry.origin(name).distribution}"
+    schema = schema_of(name, plugin, extras=("preset",) if group == "methods" else (), unset=group == "methods")
+    node: Any = {name: schema} if group == "methods" else schema
+    ConfigStore.instance().store(group=group, name=name, node=node, provider=provider)
 
 
 def _explain(error: BaseException) -> str:

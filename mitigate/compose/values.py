@@ -11,11 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mitigate.compose.schemas import annotations_of, check_value, defaults_of, native, plain, schema_of, type_name
+from mitigate.compose.tuned import TunedValue
 from mitigate.core.method import Method
 from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import methods, suggestion
 
 DEFAULT = "default"
+#: Values and where they came from.
+_Layer = tuple[Mapping[str, Any], Mapping[str, str] | str]
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,7 @@ class MethodValues:
             raise ConfigError(f"methods.{self.name}: {error}") from error
 
 
-def decide(
-    key: str, node: DictConfig, tuned: Mapping[str, Any], model: str, origins: Mapping[str, str]
-) -> MethodValues:
+def decide(key: str, node: DictConfig, tuned: Mapping[str, TunedValue], origins: Mapping[str, str]) -> MethodValues:
     """Rank a method's values: default < tuned for the model < preset < files < command line.
 
     A preset that nobody asked for (the default one, or one a model's file names) stands below the tuned values.
@@ -75,8 +76,6 @@ def decide(
         What the files and the command line set; everything else is missing.
     tuned
         Parameter -> value tuned for the model.
-    model
-        Name of the model, for the provenance.
     origins
         Dotted key -> who set it, for values of ``node``.
     """
@@ -88,21 +87,23 @@ def decide(
     set_here = {parameter: raw[parameter] for parameter in given}
     for parameter in set_here:
         _known(plugin, parameter, f"methods.{key}")
-    for parameter in tuned:
-        _known(plugin, parameter, f"conf/model {model}: tuned.{name}")
+    for parameter, item in tuned.items():
+        _known(plugin, parameter, item.place)
+        if parameter != "preset" and not _has_reference(item.value):
+            check_value(plugin, parameter, plain(item.value), f"{item.place}.{parameter}={item.value}")
+    of_model = {parameter: item.value for parameter, item in tuned.items()}
+    told = {parameter: item.source for parameter, item in tuned.items()}
     explicit = {parameter: origins.get(f"methods.{key}.{parameter}", "configuration") for parameter in set_here}
-    preset = str(set_here.get("preset", tuned.get("preset", "paper")))
+    preset = str(set_here.get("preset", of_model.get("preset", "paper")))
     if preset not in plugin.presets:
         raise UnknownName(f"methods.{key}.preset={preset} is unknown{suggestion(preset, plugin.presets)}")
 
-    of_preset, of_model = (plugin.presets[preset], f"preset {preset}"), (tuned, f"model {model}")
-    ranked = [of_model, of_preset] if "preset" in set_here else [of_preset, of_model]
-    layers: list[tuple[Mapping[str, Any], Mapping[str, str] | str]] = [
-        (defaults_of(plugin), DEFAULT),
-        *ranked,
-        (set_here, explicit),
-    ]
-    provenance = {"preset": explicit.get("preset", f"model {model}" if "preset" in tuned else DEFAULT)}
+    below: _Layer = (plugin.presets[preset], f"preset {preset}")
+    above: _Layer = (of_model, told)
+    if "preset" in set_here:
+        below, above = above, below
+    layers: list[_Layer] = [(defaults_of(plugin), DEFAULT), below, above, (set_here, explicit)]
+    provenance = {"preset": explicit.get("preset", told.get("preset", DEFAULT))}
     for values, source in layers:
         for parameter, value in values.items():
             if parameter == "preset":
@@ -125,3 +126,8 @@ def decide(
 def _known(plugin: type[Method], parameter: str, where: str) -> None:
     if parameter not in (*annotations_of(plugin), "preset"):
         raise ConfigError(f"{where} has no parameter {parameter!r}{suggestion(parameter, annotations_of(plugin))}")
+
+
+def _has_reference(value: Any) -> bool:
+    """Tell whether a value refers to another key, so that its type is known only when that is resolved."""
+    return isinstance(value, str) and "${" in value

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from mitigate.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from mitigate.core.roles import Role as Role
 

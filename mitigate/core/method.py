@@ -84,6 +84,8 @@ class Method:
     paper: ClassVar[Paper | None] = None
     tags: ClassVar[Tags]
     version: ClassVar[int] = 1
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
     preset_fidelity: ClassVar[Mapping[str, Fidelity]] = {}
     """Presets whose fidelity differs from the class's."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
-from mitigate.registry import Registry
+from mitigate.registry import diagnostics
 
 BUILTIN: dict[str, str] = {
     "saliency": "mitigate.diagnostics.saliency:Saliency",
@@ -15,8 +12,4 @@ BUILTIN: dict[str, str] = {
 }
 """Registered name -> ``module:class`` of the diagnostics that come with the project."""
 
-
-@cache
-def diagnostics() -> Registry[Any]:
-    """Return the registry of diagnostics; packages add theirs through the entry-point group of the same name."""
-    return Registry("diagnostic", "mitigate.diagnostics", BUILTIN, "mitigate.diagnostics.base:Diagnostic")
+__all__ = ["BUILTIN", "diagnostics"]

@@ -209,6 +209,8 @@ class Diagnostic:
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[int] = 1
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     analysis: ClassVar[frozenset[str]] = frozenset({"resamples", "ablation"})
     """Parameters that only the analysis reads: another value keeps the records."""
     traces: ClassVar[bool] = False

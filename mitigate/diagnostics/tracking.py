@@ -52,7 +52,7 @@ def track(
         write_json(memory, {**known, destination: digest})
         return [f"Tracked with {tracker.name}: {place}"]
     except Exception as error:  # whatever it is, the results are on disk and must stay usable
-        _give_up(tracker)
+        tracker.give_up()
         reason = (str(error).splitlines() or ["no message"])[0]
         return [
             f"Tracking with {tracker.name} failed ({type(error).__name__}: {reason}); "
@@ -124,10 +124,3 @@ def _remembered(memory: Path) -> dict[str, str]:
     except DataError:
         return {}
     return tracked if isinstance(tracked, dict) else {}
-
-
-def _give_up(tracker: Tracker) -> None:
-    try:
-        tracker.finish(failed=True)
-    except Exception:
-        return  # the first failure is the one worth reporting

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from mitigate.metrics.base import ImageCounts, Interval, Metric
+from mitigate.metrics.base import ImageCounts, Interval, Metric, Scorer
 
-__all__ = ["ImageCounts", "Interval", "Metric"]
+BUILTIN: dict[str, str] = {
+    "chair": "mitigate.metrics.chair:Chair",
+    "pope": "mitigate.metrics.pope:Pope",
+}
+"""Registered name -> ``module:class`` of the metrics that come with the project."""
+
+__all__ = ["BUILTIN", "ImageCounts", "Interval", "Metric", "Scorer"]

@@ -7,7 +7,7 @@ the column matrix, and every metric, linear or not, is one array expression over
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from mitigate.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from mitigate.benchmarks.base import Benchmark
+    from mitigate.records import SampleRecord
 
 Array = NDArray[np.float64]
 
@@ -69,6 +72,37 @@ class Metric:
     compute: Callable[[Array], Array]
     higher_is_better: bool | None = None
     percent: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Base class of every metric plugin: what an answer adds to count columns, and the metrics over their sums.
+
+    A subclass is a frozen dataclass of plain parameters with defaults. Benchmarks choose theirs; any other is added to
+    a run with ``benchmark.extra_metrics=[NAME]``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    version: ClassVar[int] = 1
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics in the order of the table; names and columns begin with the plugin's own name."""
+        raise NotImplementedError(f"{type(self).__name__} has no metrics: override metrics()")
+
+    def score(self, record: SampleRecord, benchmark: Benchmark) -> Mapping[str, float]:
+        """Return what one answered sample adds to the count columns; nothing for a sample it does not concern.
+
+        Parameters
+        ----------
+        record
+            The answer, with the sample's ground truth in ``record.meta``.
+        benchmark
+            Where the sample is from.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot score: override score()")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mitigate.errors import DataError
-from mitigate.metrics.base import Metric, ratio
+from mitigate.metrics.base import Metric, Scorer, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
+
+    from mitigate.benchmarks.base import Benchmark
+    from mitigate.records import SampleRecord
 
 COLUMNS = (
     "chair/captions",
@@ -98,3 +101,27 @@ def chair_metrics() -> list[Metric]:
         ratio("recall", "Recall", COLUMNS[5], COLUMNS[4], higher_is_better=True),
         ratio("length", "Length", COLUMNS[6], COLUMNS[0], percent=False),
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chair(Scorer):
+    """CHAIR of captions whose pictures' objects are known (``meta["objects"]``), in the benchmark's object words."""
+
+    name: ClassVar[str] = "chair"
+    summary: ClassVar[str] = "objects a caption names that are not in the picture"
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics of `chair_metrics`."""
+        return chair_metrics()
+
+    def score(self, record: SampleRecord, benchmark: Benchmark) -> Mapping[str, float]:
+        """Count a caption; other answers are not counted.
+
+        Raises
+        ------
+        DataError
+            If the record lacks its ground truth, or the benchmark has no object words.
+        """
+        if record.task != "caption":
+            return {}
+        return chair_counts(record.text, benchmark.truth(record, "objects"), benchmark.object_words())

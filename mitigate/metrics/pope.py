@@ -8,15 +8,20 @@ space-separated tokens ``No``, ``no``, ``not`` means no, and everything else, al
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 import numpy as np
 
 from mitigate.errors import ConfigError, DataError
-from mitigate.metrics.base import Array, Metric, divide, ratio
+from mitigate.metrics.base import Array, Metric, Scorer, divide, ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from mitigate.benchmarks.base import Benchmark
+    from mitigate.records import SampleRecord
 
 Answer = Literal["yes", "no"]
 Parser = Literal["strict", "official"]
@@ -129,3 +134,38 @@ def pope_metrics(splits: Sequence[str] = SPLITS) -> list[Metric]:
     means = [_mean(parts) for parts in zip(*per_split, strict=True)]
     unparsed = ratio("unparsed_rate", "Unparsed", "pope/unparsed", "pope/questions", higher_is_better=False)
     return [*(metric for metrics in per_split for metric in metrics), *means, unparsed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pope(Scorer):
+    """POPE of yes/no questions that know their answer (``meta["label"]``) and their splits (``meta["pope"]``).
+
+    Parameters
+    ----------
+    parser
+        How replies are read: ``strict`` or ``official``.
+    """
+
+    name: ClassVar[str] = "pope"
+    summary: ClassVar[str] = "yes/no questions about objects: accuracy, F1, yes-rate"
+
+    parser: str = "strict"
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics of `pope_metrics`."""
+        return pope_metrics()
+
+    def score(self, record: SampleRecord, benchmark: Benchmark) -> Mapping[str, float]:
+        """Count a reply once for every split that asks its question; other answers are not counted.
+
+        Raises
+        ------
+        DataError
+            If the record lacks its ground truth.
+        """
+        if record.task != "yes_no":
+            return {}
+        counts: Counter[str] = Counter()
+        for split in benchmark.truth(record, "pope"):
+            counts.update(pope_counts(record.text, benchmark.truth(record, "label"), split, self.parser))
+        return counts

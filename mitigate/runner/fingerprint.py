@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 
 from mitigate.errors import DataError
@@ -65,22 +66,39 @@ def weights_of_loaded(model: Mapping[str, Any], loaded: LoadedModel) -> str:
 
 
 def code_hash(plugin: type) -> str:
-    """Return a short hash of the source a class stands on; ``unknown`` where there is none (a notebook).
+    """Return a short hash of the source a class stands on.
 
     That is the file that defines it, and what that file imports from the shared operations (``mitigate.ops``) or, for a
-    plugin from elsewhere, from its own package.
+    plugin from elsewhere, from its own package. Where there is no file (a notebook), it is the class's own functions.
     """
     try:
         path = inspect.getsourcefile(plugin)
         if path is None:
-            return "unknown"
+            return _functions_hash(plugin)
         own = plugin.__module__.partition(".")[0]
         shared = _SHARED if own == _SHARED.partition(".")[0] else own
         files = _sources(Path(path), shared)
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
         return digest.hexdigest()[:_SHOWN]
     except (OSError, TypeError):
-        return "unknown"
+        return _functions_hash(plugin)
+
+
+def _functions_hash(plugin: type) -> str:
+    """Return a short hash of what a class defines itself, from its compiled functions."""
+    own = [item for item in sorted(vars(plugin).items()) if item[0] != "__doc__" and "__dataclass_" not in item[0]]
+    parts = [f"{name} {_compiled(value)}" for name, value in own]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_SHOWN]
+
+
+def _compiled(value: Any) -> str:
+    """Write a class attribute or a constant so that the same source gives the same text in every process."""
+    code = getattr(getattr(value, "__func__", value), "__code__", value)
+    if isinstance(code, CodeType):
+        return " ".join([code.co_code.hex(), *code.co_names, *map(_compiled, code.co_consts)])
+    if isinstance(value, frozenset | set):
+        return str(sorted(map(repr, value)))
+    return repr(value) if isinstance(value, str | int | float | bool | tuple | list | dict | None) else ""
 
 
 def _sources(path: Path, package: str) -> set[Path]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _VOLATILE = ("name", "runs_dir", "stack", "stacks", "tracker")
 _VOLATILE_TRAINER = ("devices", "num_nodes", "num_workers", "strategy")
 _SHOWN_DIFFERENCES = 4
+#: How the keys begin under which a record keeps the versions of plugins.
+_PLUGINS = ("benchmark ", "method ", "metric ", CODE)
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +62,9 @@ def check_same_run(resolved: ResolvedRun, run_dir: Path) -> None:
         versions = recorded.get("versions")
         if not isinstance(versions, dict):
             raise DataError(f"{run_dir / 'record.json'} is no run record; delete {run_dir} to run it again")
-        before |= {key: value for key, value in versions.items() if key.startswith(("benchmark ", "method ", CODE))}
+        before |= {
+            key: value for key, value in versions.items() if key.startswith(("benchmark ", "method ", "metric ", CODE))
+        }
         now |= plugin_versions(resolved)
     missing = object()
     keys = sorted(key for key in {*before, *now} if before.get(key, missing) != now.get(key, missing))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import mitigate
+from mitigate.registry import metrics
 from mitigate.runner.fingerprint import code_hash
 
 if TYPE_CHECKING:
@@ -37,12 +38,17 @@ def versions(resolved: ResolvedRun) -> dict[str, str]:
 
 
 def plugin_versions(resolved: ResolvedRun) -> dict[str, str]:
-    """Return the declared versions of the benchmark and of each method, and a short hash of the code behind each."""
+    """Return the declared versions of benchmark, methods and extra metrics, and a short hash of the code of each."""
     benchmark = resolved.benchmark
     plugins: list[tuple[str, Any]] = [("benchmark", benchmark)]
     plugins += [("method", method) for method in resolved.methods.values()]
+    plugins += [("metric", metrics().get(name)) for name in benchmark.extra_metrics]
     declared = {f"{kind} {plugin.name}": str(plugin.version) for kind, plugin in plugins}
-    return declared | {f"{CODE}{kind} {plugin.name}": code_hash(type(plugin)) for kind, plugin in plugins}
+    return declared | {f"{CODE}{kind} {plugin.name}": code_hash(_class(plugin)) for kind, plugin in plugins}
+
+
+def _class(plugin: Any) -> type:
+    return plugin if isinstance(plugin, type) else type(plugin)
 
 
 def git_state() -> dict[str, str | bool | None]:

@@ -55,7 +55,7 @@ def summarise(
     """
     first = resolved[0]
     benchmark, seed = first.benchmark, int(first.config["seed"])
-    metrics = benchmark.metrics()
+    metrics = benchmark.all_metrics()
     baseline = next((item.stack_name for item in resolved if not item.methods), None)
     stacks = {
         item.stack_name: _stack(item, records[item.stack_name], answers, baseline, metrics, seed) for item in resolved

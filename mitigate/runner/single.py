@@ -157,7 +157,7 @@ def _finish(
         record,
         status="finished",
         metrics=intervals(
-            resolved.benchmark.counts(answers), resolved.benchmark.metrics(), seed=int(resolved.config["seed"])
+            resolved.benchmark.counts(answers), resolved.benchmark.all_metrics(), seed=int(resolved.config["seed"])
         ),
         cost=timing(answers),
         telemetry=totals(answers),

@@ -67,7 +67,7 @@ def track(
                 known[stack] = digest
                 write_json(memory, tracked)
         except Exception as error:  # whatever it is, the results are on disk and must stay usable
-            _give_up(tracker)
+            tracker.give_up()
             reason = (str(error).splitlines() or ["no message"])[0]
             return [
                 *lines,
@@ -97,13 +97,6 @@ def _described(item: ResolvedRun, record: RunRecord, comparison: Mapping[str, An
         config={**item.config, "versions": record.versions, "git": record.git, "data_hash": record.data_hash},
         notes=" ".join(comparison["notes"]),
     )
-
-
-def _give_up(tracker: Tracker) -> None:
-    try:
-        tracker.finish(failed=True)
-    except Exception:
-        return  # the first failure is the one worth reporting
 
 
 def _say(name: str, places: Sequence[str]) -> str:

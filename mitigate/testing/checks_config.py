@@ -36,7 +36,7 @@ def check_config_round_trip(subject: Subject) -> None:
         with session() as hydra:
             schema = hydra.merge(["stack=none", f"methods=[{name}]"]).methods[name]
         node: Any = OmegaConf.merge(schema, OmegaConf.create(text))
-        built = decide(name, node, {}, "any", {}).build()
+        built = decide(name, node, {}, {}).build()
     except MitigateError as error:
         fail(f"{name}: its parameters cannot be composed from a file: {error}")
     except OmegaConfBaseException as error:

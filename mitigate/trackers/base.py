@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +50,8 @@ class Tracker:
     summary: ClassVar[str] = ""
     modes: ClassVar[tuple[str, ...]] = ()
     """Values of ``tracker.mode`` besides ``None``; empty if the tracker has no modes."""
+    api: ClassVar[int] = 1
+    """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
 
     def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
         self.config = config
@@ -69,3 +72,8 @@ class Tracker:
     def finish(self, *, failed: bool = False) -> str | None:
         """Close the run and return where it can be found (``None``: nowhere)."""
         raise NotImplementedError(f"{type(self).__name__} does not define finish()")
+
+    def give_up(self) -> None:
+        """Close the run after a failure, which is the one worth reporting: another one is not raised."""
+        with suppress(Exception):
+            self.finish(failed=True)

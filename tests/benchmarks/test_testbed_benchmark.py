@@ -112,6 +112,7 @@ def test_limit_split_and_tasks_choose_samples() -> None:
     assert Testbed(tasks=["chair"]) == Testbed(tasks=("chair",))  # type: ignore[arg-type]
     assert Testbed(tasks=("chair",)).params() == {
         "limit": None,
+        "extra_metrics": [],
         "split": "test",
         "tasks": ["chair"],
         "parser": "strict",

@@ -208,9 +208,17 @@ def test_list_methods_tells_everything(capsys: pytest.CaptureFixture[str]) -> No
 def test_list_shows_all_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "list")
     assert code == 0
-    assert [title for title in ("Methods", "Models", "Benchmarks", "Stacks") if title in out.splitlines()[0] + out]
+    titles = ("Methods", "Models", "Benchmarks", "Metrics", "Stacks", "Experiments", "Model families", "Diagnostics")
+    missing = [title for title in (*titles, "Trackers", "Packages") if f"\n{title}" not in f"\n{out}"]
+    assert missing == []
     found = json.loads(outcome(capsys, "list", "--json")[1])
-    assert list(found) == ["methods", "models", "benchmarks", "stacks"]
+    kinds = ["methods", "models", "benchmarks", "metrics", "stacks", "experiments", "families", "diagnostics"]
+    assert list(found) == [*kinds, "trackers", "packages"]
+    rows = [row for kind in kinds for row in found[kind] if row["name"] not in ("toy", "chooser")]
+    assert {row["distribution"] for row in rows} == {"mitigate"}
+    assert {row["name"] for row in found["metrics"]} == {"chair", "pope"}
+    assert found["families"][0]["class"].startswith("mitigate.adapters.")
+    assert {row["name"] for row in found["trackers"]} == {"none", "wandb"}
     stacks = {row["name"]: row["methods"] for row in found["stacks"]}
     assert stacks["sgrs+locore"] == ["sgrs", "locore"]
     assert stacks["none"] == []

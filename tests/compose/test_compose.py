@@ -9,8 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from mitigate.compose import ResolvedRun, comparison_name, compose_comparison, compose_run, compose_sweep
 from mitigate.errors import ConfigError, PluginError
-from mitigate.registry import methods
+from mitigate.registry import Entry, methods
 from tests.toys import Chooser, Toy
+
+OUTSIDE = Entry("any", "outside_configs", "outside")
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -34,7 +36,7 @@ def outside_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "seed: 5\nmethods:\n  toy:\n    strict: true\n    layers: 0-2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("mitigate.compose.search_path.config_packages", lambda: {"outside": "outside_configs"})
+    monkeypatch.setattr("mitigate.compose.search_path.config_packages", lambda: (OUTSIDE,))
     monkeypatch.delitem(sys.modules, "outside_configs", raising=False)
     return conf
 
