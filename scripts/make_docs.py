@@ -139,7 +139,7 @@ def parameter_row(parameter: Parameter) -> list[str]:
 
 
 def run_checks(names: Sequence[str], results: dict[str, Any]) -> None:
-    """Run the conformance suite on methods and note what came out, check by check."""
+    """Run the conformance suite on methods and store what came out, check by check, method by method."""
     from mitigate.testing import check_method
     from mitigate.testing.base import CheckResult
 
@@ -158,6 +158,7 @@ def run_checks(names: Sequence[str], results: dict[str, Any]) -> None:
             "families": sorted({result.family for result in found} - {""}),
             "checks": worst(found),
         }
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         print(f"{name}: {conformance(results[name])} in {sum(result.seconds for result in found):.0f} s", flush=True)
 
 
@@ -209,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.conformance is not None:
         results = {name: result for name, result in results.items() if name in BUILTIN}
         run_checks(options.conformance or list(BUILTIN), results)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     wanted = pages(results)
     changed = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not options.check:
