@@ -392,9 +392,9 @@ class SGRS(Method):
     def test_params(cls) -> list[dict[str, Any]]:
         """Return strict thresholds in both orders, the direct path and the control."""
         return [
-            {"alpha": 1.1, "proposal": "greedy_order", "history_init": "prompt_tail", "history_on_fallback": "skip"},
-            {"window": 3, "reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "exempt": "eos"},
-            {"alpha": 1.1, "gradient": "direct", "fallback": "argmax_logp_plus_eta_log_s", "eta": 0.5, "layers": "all"},
-            {"query_row": "candidate_legacy", "temperature": 1.5, "skip_above": 0.9, "on_skip": "proposal", "top_k": 3},
-            {"include_diagonal": False, "gate_on": "content", "max_resample": 2, "window_rule": "w_plus_1"},
+            {"layers": "all", "proposal": "greedy_order", "history_init": "prompt_tail", "top_k": 3, "window": 3},
+            {"reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "history_on_fallback": "skip"},
+            {"alpha": 1.1, "gradient": "direct", "fallback": "argmax_logp_plus_eta_log_s", "eta": 0.5, "exempt": "eos"},
+            {"query_row": "candidate_legacy", "temperature": 1.5, "skip_above": 0.9, "on_skip": "proposal"},
+            {"include_diagonal": False, "max_resample": 2, "gate_on": "content", "window_rule": "w_plus_1"},
         ]
