@@ -22,7 +22,7 @@ from typing import Any
 os.environ["MITIGATE_PLUGINS"] = "none"  # read when the registry is first asked
 
 import mitigate
-from mitigate.cli.listing import extra_passes
+from mitigate.cli.listing_tables import extra_passes
 from mitigate.compose.schemas import Parameter, parameters_of, plain
 from mitigate.core import Method, Point
 from mitigate.methods import BUILTIN
