@@ -21,11 +21,12 @@ LITTER = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment in ``folder``; commands run in ``work``."""
+    """A virtual environment in ``folder``; commands run in ``work``; ``origins`` is what pip installed, by name."""
 
     folder: Path
     sources: Path
     work: Path
+    origins: dict[str, list[str]]
 
     @property
     def python(self) -> Path:
@@ -43,6 +44,11 @@ class Environment:
         """Run the command line."""
         return self.run("-m", "mitigate", *arguments, plugins=plugins)
 
+    def install(self, *names: str) -> None:
+        """Install packages; what the running environment has of the same names is not this one's to replace."""
+        words = [word for name in names for word in self.origins[name]]
+        self.pip("install", "--ignore-installed", *OFFLINE, *words)
+
     def pip(self, *arguments: str) -> None:
         """Run pip on it."""
         checked([sys.executable, "-m", "pip", "--python", str(self.python), *arguments])
@@ -54,7 +60,7 @@ def checked(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
 
 
-def copied(folder: Path) -> list[Path]:
+def copied(folder: Path) -> dict[str, Path]:
     """Copy the sources of mitigate and the packages, so that building leaves nothing behind in this repository."""
     home = folder / "mitigate"
     home.mkdir(parents=True)
@@ -64,24 +70,25 @@ def copied(folder: Path) -> list[Path]:
         shutil.copytree(ROOT / part, home / part, ignore=LITTER)
     for package in PACKAGES:
         shutil.copytree(HERE / package, folder / package, ignore=LITTER)
-    return [home, *(folder / package for package in PACKAGES)]
+    return {name: folder / name for name in ("mitigate", *PACKAGES)}
 
 
 def make(folder: Path, *, editable: bool) -> Environment:
     """Make an environment and install mitigate and the packages into it."""
-    environment = Environment(folder / "venv", folder / "sources", folder / "work")
-    environment.work.mkdir(parents=True)
-    sources = [str(source) for source in copied(environment.sources)]
-    checked([sys.executable, "-m", "venv", "--without-pip", str(environment.folder)])
-    lent = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    (site,) = (environment.folder / "lib").glob("python*/site-packages")
-    (site / "lent.pth").write_text("\n".join(lent) + "\n")
-    # what the running environment has of the same names is not this environment's to replace
-    install = ["install", "--ignore-installed", *OFFLINE]
+    venv, sources, wheels = folder / "venv", folder / "sources", folder / "wheels"
+    copies = copied(sources)
     if editable:
-        environment.pip(*install, *(word for source in sources for word in ("--editable", source)))
+        origins = {name: ["--editable", str(source)] for name, source in copies.items()}
     else:
-        wheels = folder / "wheels"
-        checked([sys.executable, "-m", "pip", "wheel", *OFFLINE, "--wheel-dir", str(wheels), *sources])
-        environment.pip(*install, *map(str, sorted(wheels.glob("*.whl"))))
+        checked(
+            [sys.executable, "-m", "pip", "wheel", *OFFLINE, "--wheel-dir", str(wheels), *map(str, copies.values())]
+        )
+        origins = {name: list(map(str, wheels.glob(f"{name.replace('-', '_')}-*.whl"))) for name in copies}
+    checked([sys.executable, "-m", "venv", "--without-pip", str(venv)])
+    lent = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    (site,) = (venv / "lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text("\n".join(lent) + "\n")
+    environment = Environment(venv, sources, folder / "work", origins)
+    environment.work.mkdir()
+    environment.install(*origins)
     return environment
