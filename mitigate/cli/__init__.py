@@ -40,7 +40,7 @@ Commands
   diagnose  watch the model while it answers, and hold what is seen against the ground truth of every token
   trace     answer one question about one picture and show what every method did, step by step
   plan      print what a stack would do: points, layers, order, every value and where it came from
-  list      list methods, models, benchmarks and stacks   (--json for everything, with parameters)
+  list      list methods, models, metrics, stacks, ... and who brings them   (--json for everything, with parameters)
   check     see whether a method keeps the contract, on tiny random models
   new       write a package of your own with a new method   (new method NAME)
   testbed   train or evaluate the small embedded model    (testbed train | testbed evaluate)
