@@ -169,13 +169,13 @@ class Prediction(SimpleNamespace):
         return self.text
 
 
-def predicted(method: PAI, logits: list[float], text: list[float]) -> list[float]:
+def predicted(method: PAI, logits: list[float], text: list[float], dtype: torch.dtype = torch.float32) -> list[float]:
     request = SimpleNamespace(finished=torch.tensor([False]))
-    event = Prediction(
-        logits=torch.tensor([logits]), text=torch.tensor([text]), layout=layout_by_hand(), request=request
-    )
+    ours, theirs = torch.tensor([[logits], [text]], dtype=dtype)
+    event = Prediction(logits=ours, text=theirs, layout=layout_by_hand(), request=request)
     found = method.on_next_token_logits(event, quiet())  # type: ignore[arg-type]
     assert found is not None
+    assert found.dtype is dtype
     return [float(value) for value in found[0]]
 
 
@@ -191,6 +191,11 @@ def test_guidance_worked_by_hand() -> None:
     method = PAI(gamma=1.5, guidance_on="probs", cut_off=0.0)
     found = predicted(method, [math.log(p) for p in probs], [math.log(p) for p in alone])
     assert [math.exp(value) for value in found] == pytest.approx([0.7, 0.3, 0.0], abs=1e-6)
+
+
+def test_double_precision_is_kept() -> None:
+    method = PAI(gamma=2.0, guidance_on="logits", cut_off=0.0)
+    assert predicted(method, [1 / 3], [1.0], torch.float64) == pytest.approx([-1 / 3], abs=1e-15)
 
 
 # ----------------------------------------------------------------------------------------------------------- invariants

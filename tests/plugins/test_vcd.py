@@ -181,15 +181,19 @@ class Prediction(SimpleNamespace):
         return self.noised
 
 
-def contrasted(method: VCD, logits: list[float], blurred: list[float]) -> list[float]:
+def contrasted(
+    method: VCD, logits: list[float], blurred: list[float], dtype: torch.dtype = torch.float32
+) -> list[float]:
     roles = torch.tensor([[Role.IMAGE, Role.PROMPT]], dtype=torch.int8)
     layout = TokenLayout(roles, ((ImageSpan(image=0, positions=torch.tensor([0]), grid=(1, 1), stop=1),),), 2)
     request = SimpleNamespace(finished=torch.tensor([False]))
-    event = Prediction(logits=torch.tensor([logits]), noised=torch.tensor([blurred]), layout=layout, request=request)
+    ours, theirs = torch.tensor([[logits], [blurred]], dtype=dtype)
+    event = Prediction(logits=ours, noised=theirs, layout=layout, request=request)
     quiet = SimpleNamespace(tracing=False, count=lambda *args: None)
     found = method.on_next_token_logits(event, quiet)  # type: ignore[arg-type]
     assert found is not None
-    return found[0].tolist()
+    assert found.dtype is dtype
+    return [float(value) for value in found[0]]
 
 
 def test_contrast_worked_by_hand() -> None:
@@ -197,13 +201,13 @@ def test_contrast_worked_by_hand() -> None:
     logits, blurred = [2.0, 0.0, -1.0, 1.0], [3.0, 0.0, -9.0, 0.0]
     assert contrasted(VCD(), logits, blurred) == [1.0, 0.0, -math.inf, 2.0]
     # 3 l - 2 l' = [0, 0, 15, 3]: judged by itself, the least probable token of the clean stream wins
-    assert contrasted(VCD(alpha=2.0, cut_off_from="contrast"), logits, blurred) == [
-        -math.inf,
-        -math.inf,
-        15.0,
-        -math.inf,
-    ]
+    by_itself = VCD(alpha=2.0, cut_off_from="contrast")
+    assert contrasted(by_itself, logits, blurred) == [-math.inf, -math.inf, 15.0, -math.inf]
     assert contrasted(VCD(alpha=2.0, beta=0.0), logits, blurred) == [0.0, 0.0, 15.0, 3.0]
+
+
+def test_double_precision_is_kept() -> None:
+    assert contrasted(VCD(beta=0.0), [1 / 3], [1.0], torch.float64) == pytest.approx([-1 / 3], abs=1e-15)
 
 
 # ----------------------------------------------------------------------------------------------------------- invariants
