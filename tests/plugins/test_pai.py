@@ -280,6 +280,8 @@ def test_half_precision_stays_finite_where_it_should(dtype: torch.dtype) -> None
     [
         ("alpha", -0.1),
         ("alpha", math.nan),
+        ("alpha", math.inf),
+        ("gamma", math.inf),
         ("gamma", 0.9),
         ("cut_off", 1.1),
         ("cut_off", -0.1),
