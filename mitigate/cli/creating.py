@@ -91,8 +91,8 @@ def _read(arguments: Sequence[str]) -> tuple[str, str | None, bool]:
 
 def _refuse_taken(package: NewPackage, *, force: bool) -> None:
     """Raise if the name is a known method, or a preset of stacks, which ``stacks=[...]`` could not tell from it."""
-    for entry in methods().entries():
-        if entry.name == package.name and not (force and entry.distribution == package.distribution):
+    for entry in methods().claims().get(package.name, ()):
+        if not (force and entry.distribution == package.distribution):
             raise ConfigError(f"method {package.name!r} exists already, in {entry.distribution}; choose another name")
     with session() as hydra:
         if package.name in hydra.options("stack"):

@@ -9,11 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from mitigate import Stack
 from mitigate.core import Point
@@ -187,14 +187,29 @@ def test_outside_package_lists_the_groups_that_are_read() -> None:
     assert listed == list(ENTRY_POINT_GROUPS)
 
 
-def test_yaml_examples_are_of_the_example_method(package: dict[str, str]) -> None:
-    preset, tuned = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", source(OUTSIDE), re.DOTALL))
-    code = package["src/mitigate_my_method/my_method.py"]
-    assert source(OUTSIDE).count("# @package _global_") == 1
-    assert preset["defaults"] == [{"override /methods": ["my_method", "locore"]}]
-    for values in (preset["methods"], tuned):
-        assert list(values) == ["my_method"]
-        assert all(re.search(rf"^    {key}: float = ", code, re.MULTILINE) for key in values["my_method"])
+def test_preset_and_tuned_values_are_read(tmp_path: Path) -> None:
+    """The YAML files of the page, in the package they are for."""
+    NewPackage("my_method", "locore").write(tmp_path)
+    conf = tmp_path / "src" / "mitigate_my_method" / "conf"
+    preset, tuned = re.findall(r"```yaml\n(.*?)```", source(OUTSIDE), re.DOTALL)
+    (conf / "tuned").mkdir()
+    (conf / "tuned" / "llava-1.5-7b.yaml").write_text(tuned)
+    (conf / "stack" / "mitigate_my_method_strong.yaml").write_text(preset)
+    info = tmp_path / "site" / "mitigate_my_method-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mitigate-my-method\nVersion: 0.1.0\n")
+    groups = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = [f"[{group}]\n{name} = {value}\n" for group, names in groups.items() for name, value in names.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    reader = Reader(tmp_path)
+    chosen = ("methods=[my_method]", "stack=mitigate_my_method_strong")
+    reader.waiting = [["plan", "--json", choice, "model=llava-1.5-7b"] for choice in chosen]
+    reader.catch_up()
+    alone, strong = (json.loads(text.partition("\n")[2]) for text in reader.said.split("$ plan")[1:])
+    assert alone["config"]["methods"]["my_method"]["gain"] == 1.2
+    assert alone["provenance"]["methods.my_method.gain"] == "model llava-1.5-7b (mitigate-my-method)"
+    assert strong["config"]["methods"]["my_method"]["gain"] == 2.0
+    assert strong["provenance"]["methods.my_method.gain"] == "stack mitigate_my_method_strong"
 
 
 def test_the_second_stream_runs() -> None:
