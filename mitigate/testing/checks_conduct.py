@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import random
@@ -17,15 +18,24 @@ import torch
 from mitigate.core.stack import Stack
 from mitigate.testing import snapshots
 from mitigate.testing.base import Subject, check, ensure
-from mitigate.testing.running import SINGLE, Outcome, apart, generate, generate_with, prompts_for, quiet, stage
+from mitigate.testing.running import (
+    REFUSALS,
+    SINGLE,
+    Outcome,
+    apart,
+    generate,
+    generate_with,
+    prompts_for,
+    quiet,
+    stage,
+)
 from mitigate.testing.tiny import Prompt, TinyModel
 
-#: Other samples: the same words with another picture, the same picture with other words, no picture, two pictures.
+#: Other samples: the same words with another picture, the same picture with other words, no picture.
 _OTHERS = (
     Prompt(SINGLE[0].text, (9,)),
     Prompt("is the dog near the chair", SINGLE[0].pictures),
     Prompt("what is on the table"),
-    Prompt("are there two red cars", (5, 6)),
 )
 
 
@@ -33,15 +43,16 @@ _OTHERS = (
 def check_no_state_leak(subject: Subject) -> None:
     """Give a sample the same result whatever samples came before it and whatever other instances ran."""
     tiny, method = stage(subject), subject.method
-    inputs = tiny.inputs(SINGLE)
-    before = snapshots.of_method(method)
+    before, inputs = snapshots.of_method(method), tiny.inputs(SINGLE)
+    others = [(other, tiny.inputs([other])) for other in _OTHERS]
+    expected = [generate([copy.deepcopy(method)], tiny, given) for _, given in others]
     alone = generate([method], tiny, inputs)
     with quiet(), Stack([method]).attach(tiny.model, tiny.processor) as handle:
-        for other in _OTHERS:
-            generate_with(handle, tiny, tiny.inputs([other]))
+        for (other, given), own in zip(others, expected, strict=True):
+            _ensure_alike(subject, own, generate_with(handle, tiny, given), "after others")
             _ensure_alike(subject, alone, generate_with(handle, tiny, inputs), f"after the sample {other}")
-    for other in _OTHERS:
-        generate([type(method)()], tiny, tiny.inputs([other]))
+    with contextlib.suppress(*REFUSALS):  # the defaults need not serve this model
+        generate([type(method)()], tiny, others[0][1])
     _ensure_alike(subject, alone, generate([method], tiny, inputs), "after another instance of the class ran")
     found = snapshots.differences(before, snapshots.of_method(method))
     ensure(

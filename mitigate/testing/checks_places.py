@@ -129,6 +129,8 @@ def _moved_keys(call: Call, old: Tensor, new: Tensor) -> Tensor:
     mine = call.before["row_mask"][:, None, :, None]
     if call.point is Point.ATTENTION_SCORES:
         return ((old - new).abs() > _EPSILON * (1 + old.abs())).logical_and(mine).any(2).any(1)
+    if not call.item.subscription.normalised:
+        return ((new - old).abs() > _EPSILON).logical_and(mine).any(2).any(1)
     free = ~_allowed(call, call.item.subscription.roles or frozenset())[:, None, None, : old.shape[-1]]
     before, after = ((value * free).sum(-1, keepdim=True) for value in (old, new))
     factor = torch.where(before > 0, after / before.clamp_min(1e-30), 1.0)

@@ -170,10 +170,11 @@ def _frozen(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, types.FunctionType):
-        memory = (value.__defaults__, value.__kwdefaults__, vars(value))
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or () if _filled(cell))
+        memory = (value.__defaults__, value.__kwdefaults__, vars(value), cells)
         return [Same(value), *(_frozen(part, depth - 1) for part in memory)]
     if isinstance(value, Mapping):
-        return {repr(key): _frozen(item, depth - 1) for key, item in value.items()}
+        return {key if isinstance(key, str) else repr(key): _frozen(item, depth - 1) for key, item in value.items()}
     if isinstance(value, Iterable) and hasattr(value, "__len__"):
         parts = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
         return [Same(value) if not isinstance(value, frozenset | tuple) else None] + [
@@ -182,6 +183,13 @@ def _frozen(value: Any, depth: int = _DEPTH) -> Any:
     if hasattr(value, "__dict__") and type(value).__module__ != "typing":
         return (Same(value), _frozen(vars(value), depth - 1))
     return Same(value)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not bound yet
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------- what is new
