@@ -19,7 +19,7 @@ def extra_passes(tags: Tags | Mapping[str, Any]) -> str:
     """Write the extra passes of a method's tags: ``1 forward/sample, 1 backward/token`` or ``none``."""
     values = vars(tags) if isinstance(tags, Tags) else tags
     parts = []
-    for key in ("forwards_per_sample", "forwards_per_token", "backwards_per_token"):
+    for key in ("forwards_per_sample", "forwards_per_token", "backwards_per_sample", "backwards_per_token"):
         if values[key]:
             passes, _, unit = key.partition("s_per_")
             parts.append(f"{values[key]:g} {passes}/{unit}")

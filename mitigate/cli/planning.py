@@ -82,7 +82,9 @@ def _print(run: ResolvedRun, console: Console) -> None:
     for key, method in run.methods.items():
         _say(console, f"Fidelity   {key}: {_fidelity(run, key, method)}")
     for key, method in run.methods.items():
-        tags = method.tags if method.needs_gradient else dataclasses.replace(method.tags, backwards_per_token=0.0)
+        tags = method.tags
+        if not method.needs_gradient:
+            tags = dataclasses.replace(tags, backwards_per_sample=0.0, backwards_per_token=0.0)
         notes = [f"extra passes: at most {extra_passes(tags)}" if extra_passes(tags) != "none" else "no extra passes"]
         notes += ["needs gradients"] if method.needs_gradient else []
         notes += ["may draw random numbers"] if method.tags.stochastic else []

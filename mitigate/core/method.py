@@ -52,7 +52,7 @@ class Tags:
         Serves batches of more than one sample.
     spatial_grid
         Needs image tokens that form a raster.
-    forwards_per_sample, forwards_per_token, backwards_per_token
+    forwards_per_sample, forwards_per_token, backwards_per_sample, backwards_per_token
         Extra passes over plain generation: the most it can cost.
     """
 
@@ -66,6 +66,7 @@ class Tags:
     spatial_grid: bool = False
     forwards_per_sample: float = 0.0
     forwards_per_token: float = 0.0
+    backwards_per_sample: float = 0.0
     backwards_per_token: float = 0.0
 
 

@@ -143,7 +143,8 @@ class SGRS(Method):
         gradient=True,
         selects_token=True,
         stochastic=True,
-        forwards_per_sample=1.0,  # history_init=prompt_tail
+        forwards_per_sample=1.0,  # history_init=prompt_tail, as are the backwards
+        backwards_per_sample=5.0,
         backwards_per_token=5.0,
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -309,8 +310,7 @@ class SGRS(Method):
 
     def _threshold(self, state: MethodState, event: SelectToken) -> Tensor:
         """Tau = alpha x mean of the last scores; 0 while there are none. ``[B]``."""
-        recent = [scores[-self._lookback :] for scores in state.history]
-        means = [sum(scores) / len(scores) if scores else 0.0 for scores in recent]
+        means = [sum(last) / len(last) if (last := scores[-self._lookback :]) else 0.0 for scores in state.history]
         return self.alpha * torch.tensor(means, device=event.logits.device, dtype=torch.float32)
 
     def _free(self, event: SelectToken, token: Tensor) -> Tensor:

@@ -75,11 +75,11 @@ def check_cost(subject: Subject) -> None:
             f"{subject.name} runs {extra.forwards} extra forwards for {steps} tokens, its tags allow {allowed:g}: "
             f"raise tags.forwards_per_sample or tags.forwards_per_token",
         )
-        allowed = tags.backwards_per_token * steps
+        allowed = tags.backwards_per_sample + tags.backwards_per_token * steps
         ensure(
             extra.backwards <= allowed,
             f"{subject.name} runs {extra.backwards} backwards for {steps} tokens, its tags allow {allowed:g}: raise "
-            f"tags.backwards_per_token",
+            f"tags.backwards_per_sample or tags.backwards_per_token",
         )
         for kind, number in {"forwards": extra.forwards, "backwards": extra.backwards}.items():
             ensure(
@@ -94,7 +94,7 @@ def check_cost_is_paid(subject: Subject) -> None:
     tiny, tags = stage(subject), subject.method.tags
     declared = {
         "forwards": tags.forwards_per_sample + tags.forwards_per_token,
-        "backwards": tags.backwards_per_token,
+        "backwards": tags.backwards_per_sample + tags.backwards_per_token,
     }
     open_kinds = {kind for kind, cost in declared.items() if cost > 0}
     if not open_kinds:

@@ -15,7 +15,7 @@ from mitigate.registry import suggestion
 from mitigate.testing.base import Subject, check, ensure, fail
 from mitigate.testing.subjects import geometries, quietly, variants
 
-_COSTS = ("forwards_per_sample", "forwards_per_token", "backwards_per_token")
+_COSTS = ("forwards_per_sample", "forwards_per_token", "backwards_per_sample", "backwards_per_token")
 
 
 @check(once=True)
@@ -116,7 +116,7 @@ def check_capabilities(subject: Subject) -> None:
         f"access=Access.GRADIENT",
     )
     ensure(
-        tags.gradient or tags.backwards_per_token == 0,
+        tags.gradient or tags.backwards_per_sample + tags.backwards_per_token == 0,
         f"{name}: tags.backwards_per_token={tags.backwards_per_token:g} without tags.gradient: set one of them right",
     )
     for flag, point in (("selects_token", Point.SELECT_TOKEN), ("owns_loop", Point.DRIVE_DECODING)):

@@ -269,7 +269,7 @@ class TwoPasses(SCR):
         event.request.diagnose(state)
 
 
-@caught_by("check_cost", r"backwards for 6 tokens, its tags allow 6: raise tags\.backwards_per_token", alpha=1.1)
+@caught_by("check_cost", r"backwards for 6 tokens, its tags allow 11: raise tags\.backwards", alpha=1.1)
 class CheapGradients(SGRS):
     tags: ClassVar[Tags] = dataclasses.replace(SGRS.tags, backwards_per_token=1.0)
 
