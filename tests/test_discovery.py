@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from mitigate import discovery
+from mitigate.compose.checks import check_family
 from mitigate.discovery import config_packages, installed, unreadable
 from mitigate.errors import ConfigError, DuplicateName, PluginError, UnknownName
 from mitigate.registry import Entry, adapters, benchmarks, diagnostics, methods, metrics, trackers
@@ -230,6 +231,15 @@ def test_every_kind_accepts_its_own_and_refuses_another(tmp_path: Path, see: See
         if group != "methods":
             with pytest.raises(PluginError, match="'foo' of mitigate-foo is not a subclass of mitigate"):
                 found().get("foo")
+
+
+def test_a_broken_adapter_is_refused_before_weights_are_loaded(tmp_path: Path, see: See) -> None:
+    install(tmp_path, "mitigate-foo", {"a.py": "import no_such_module"}, {"models": {"newest": "{}.a:New"}})
+    see(tmp_path)
+    config = {"model": {"name": "any", "family": "newest"}}
+    with pytest.raises(PluginError, match="model adapter 'newest' of mitigate-foo cannot be imported"):
+        check_family(config, None)
+    check_family({"model": {"name": "any", "family": "llava"}}, None)
 
 
 NOTEBOOK = """

@@ -195,6 +195,8 @@ def test_the_page_escapes_marks_and_contains_everything(tmp_path: Path) -> None:
         (["testbed:test-x", ASK], "no scene of the testbed"),
         (["testbed:test-0", ASK, "methods=[tox]"], "did you mean 'toy'?"),
         (["testbed:test-0", ASK, "decoding.num_beams=2"], "a trace follows one sequence"),
+        (["testbed:test-0", ASK, "benchmark.limit=3"], "benchmark.limit=3: a trace has one picture and one question"),
+        (["testbed:test-0", ASK, "benchmark=testbed"], "no benchmark; drop it"),
         (["testbed:test-0", ASK, "out="], "out= needs a folder"),
         (["testbed:test-0", ASK, "out=no.txt"], "is a file"),
         (["testbed:test-0", ASK, "--jsn"], "mitigate trace has no option '--jsn'"),
