@@ -266,6 +266,8 @@ class CLASS(Method):
 '''
 exec(CELL.replace("GAIN", "gain").replace("CLASS", "Mine"))
 print(compose_run(["methods=[mine]", "methods.mine.gain=2"]).methods["mine"].gain, Mine.name)
+exec(CELL.replace("GAIN: float = 1.0", "gain: str = 'soft'").replace("CLASS", "Mine"))  # another type of one name
+print(compose_run(["methods=[mine]", "methods.mine.gain=loud"]).methods["mine"].gain)
 exec(CELL.replace("GAIN", "strength").replace("CLASS", "Renamed"))  # the cell, changed and run again
 print(compose_run(["methods=[mine]", "methods.mine.strength=3"]).methods["mine"].strength)
 print(main(["plan", "methods=[mine]", "methods.mine.strength=abc"]))
@@ -289,7 +291,7 @@ def test_a_notebook_registers_changes_and_uses_a_method() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["2.0 mine", "3.0", "2"]
+    assert lines[:4] == ["2.0 mine", "loud", "3.0", "2"]
     assert "strength is float" in done.stderr
     assert lines[-4:] == [
         "0 ['mine']",
