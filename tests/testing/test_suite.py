@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from mitigate.testing import (
     check_method,
     ensure,
     fail,
+    parametrize_with_checks,
     subjects,
     yield_checks,
 )
@@ -200,68 +200,57 @@ def test_a_broken_method_does_not_conform(plugin: type[Method]) -> None:
 
 # ------------------------------------------------------------------------------------------------------- through pytest
 
-TESTS = """
-from mitigate.testing import Check, Skip, parametrize_with_checks
-from tests.testing.broken_api import AcceptsNaN
-from tests.testing.gentle import Gentle
+
+def parametrized(*plugins: Any, **options: Any) -> dict[str, Any]:
+    """Return id -> what the decorator gives pytest for that test."""
+
+    def test(method: Method, check: Any) -> None:
+        check(method)
+
+    (mark,) = parametrize_with_checks(plugins, families=(), **options)(test).pytestmark
+    assert mark.args[0] == ("method", "check")
+    return {each.id: each for each in mark.args[1]}
 
 
-def check_skips(subject):
-    raise Skip("nothing to look at")
-
-
-@parametrize_with_checks(
-    [Gentle],
-    families=(),
-    extra_checks=[check_skips],
-    expected_failures={"check_name": "its file is the test's"} if OPTION else {},
-)
-def test_gentle(method, check):
-    check(method)
-
-
-@parametrize_with_checks([AcceptsNaN(gain=0.5), AcceptsNaN()], families=(), expected_failures=EXPECTED)
-def test_broken(method, check):
-    check(method)
-"""
-
-
-def pytest_run(tmp_path: Path, *arguments: str, option: bool = False, expected: str = "{}") -> str:
-    file = tmp_path / "test_made.py"
-    file.write_text(TESTS.replace("OPTION", str(option)).replace("EXPECTED", expected))
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml")]
-    done = subprocess.run([*command, "-q", *arguments, str(file)], cwd=root, capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
-def test_ids_are_readable_and_can_be_selected(tmp_path: Path) -> None:
-    listed = pytest_run(tmp_path, "--collect-only", "-k", "check_bad_numbers")
-    ids = [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
-    assert ids == [
-        "test_gentle[gentle-check_bad_numbers]",
-        "test_gentle[gentle[gain=2.0,offset=1,note=1e3,limit=5.0]-check_bad_numbers]",
-        "test_gentle[gentle[gain=0.5,side=right,weights=(0.5,)]-check_bad_numbers]",
-        "test_broken[gentle[gain=0.5]-check_bad_numbers]",
-        "test_broken[gentle-check_bad_numbers]",
+def test_ids_are_readable_and_every_instance_has_its_own() -> None:
+    ids = list(parametrized(Gentle, AcceptsNaN(gain=0.75)))
+    assert [each for each in ids if "check_bad_numbers" in each] == [
+        "gentle-check_bad_numbers",
+        "gentle[gain=2.0,offset=1,note=1e3,limit=5.0]-check_bad_numbers",
+        "gentle[gain=0.5,side=right,weights=(0.5,)]-check_bad_numbers",
+        "gentle[gain=0.75]-check_bad_numbers",
     ]
-    once = pytest_run(tmp_path, "--collect-only", "-k", "test_broken and check_tags")
-    assert once.count("::test_broken[gentle-check_tags]") == 1
 
 
-def test_outcomes_are_those_of_pytest(tmp_path: Path) -> None:
-    out = pytest_run(tmp_path, "-k", "check_bad_numbers or check_skips or check_name", option=True)
-    assert "gentle accepts gain=nan: call self.require_finite('gain', ...)" in out
-    assert "[XPASS(strict)] its file is the test's" in out  # the check passes although it is listed
-    assert "SKIPPED [3]" in out
-    assert "nothing to look at" in out
-    both = "{'check_bad_numbers': 'to be mended', 'check_name': 'a test'}"
-    out = pytest_run(tmp_path, "-k", "test_broken and (check_bad_numbers or check_name)", expected=both)
-    assert "XFAIL" in out
-    assert "3 xfailed" in out
+def test_a_check_of_the_class_is_one_test_per_class() -> None:
+    once = Check("check_once", check_fails, once=True)
+    given = parametrized(Gentle(gain=2.0), Gentle(gain=0.5), extra_checks=[once])
+    assert [each for each in given if "check_once" in each] == ["gentle-check_once"]
 
 
-def test_pytest_is_needed_by_the_decorator_only(tmp_path: Path) -> None:
+def test_a_test_fails_skips_or_passes_as_its_check_does() -> None:
+    given = parametrized(AcceptsNaN(), extra_checks=[check_skips])
+    method, call = given["gentle-check_bad_numbers"].values
+    with pytest.raises(CheckFailure, match=r"gentle accepts gain=nan"):
+        call(method)
+    method, call = given["gentle-check_skips"].values
+    with pytest.raises(pytest.skip.Exception, match="nothing to look at"):
+        call(method)
+    method, call = given["gentle-check_tags"].values
+    call(method)
+    with pytest.raises(ConfigError, match="with the method of the same test"):
+        call(AcceptsNaN())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_expected_failures_are_marked(strict: bool) -> None:
+    given = parametrized(AcceptsNaN(), expected_failures={"check_bad_numbers": "to be mended"}, strict=strict)
+    (mark,) = given["gentle-check_bad_numbers"].marks
+    assert (mark.name, mark.kwargs) == ("xfail", {"reason": "to be mended", "strict": strict})
+    assert not any(each.marks for name, each in given.items() if name != "gentle-check_bad_numbers")
+
+
+def test_pytest_is_needed_by_the_decorator_only() -> None:
     code = (
         "import sys; sys.modules['pytest'] = None\n"
         "from mitigate.testing import check_method, parametrize_with_checks\n"
