@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -47,18 +47,17 @@ _ODD = tuple(
     ModelFacts(family="odd", layers=layers, heads=heads, kv_heads=1, spatial_grid=grid)
     for layers, heads, grid in ((1, 1, True), (2, 2, False), (80, 64, True))
 )
+#: What a model file may leave out.
+_UNKNOWN = {"path": "", "family": None, "layers": None, "heads": None, "kv_heads": None, "spatial_grid": True}
 
 
 @cache
 def _known_models() -> tuple[tuple[str, ModelFacts], ...]:
     """Return the geometry of every model there is a file for."""
     with session() as hydra:
-        found = []
-        for option in hydra.options("model"):
-            facts = facts_of(hydra.compose([f"model={option}"]).config["model"]) if option != "hf" else None
-            if facts is not None:
-                found.append((option, facts))
-        return tuple(found)
+        files = {option: hydra.load_raw(f"model/{option}") for option in hydra.options("model")}
+    geometry = {option: facts_of({**_UNKNOWN, **cast(Any, file)}) for option, file in files.items()}
+    return tuple((option, facts) for option, facts in geometry.items() if facts is not None)
 
 
 @check(needs_model=True)

@@ -9,8 +9,9 @@ import torch
 
 from mitigate.core import Event, Selection
 from mitigate.core.plan import BoundSubscription
-from mitigate.errors import StackConflict
+from mitigate.errors import HookError, StackConflict
 from mitigate.testing.base import Skip, Subject, check, ensure, fail
+from mitigate.testing.devices import PretendedDevice, Strayed, is_stray
 from mitigate.testing.running import (
     PROMPTS,
     REFUSALS,
@@ -129,17 +130,27 @@ def check_dtypes(subject: Subject) -> None:
 
 @check(needs_model=True)
 def check_device(subject: Subject) -> None:
-    """Return values on the device they came on, and create tensors on the device of the event."""
+    """Make tensors on the device of the event's, and return values there: on an accelerator nothing else works."""
     tiny, method = stage(subject), subject.method
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    moved = TinyModel(tiny.family, tiny.model.to(device), tiny.processor)
+    running = ""
 
     def around(item: BoundSubscription, event: Event, call: Callable[[], Any]) -> Any:
-        value = call()
+        nonlocal running
+        running = f"{subject.name}.{where(item, event)}"
+        with PretendedDevice():
+            value = call()
         parts = [value.token, value.chosen] if isinstance(value, Selection) else [value]
         for part in parts:
-            if isinstance(part, torch.Tensor) and part.device != event.request.ids.device:
-                fail(f"{subject.name}.{where(item, event)} returns a tensor on {part.device}; use the event's device")
+            if isinstance(part, torch.Tensor) and (is_stray(part) or part.device != event.request.ids.device):
+                fail(f"{running} returns a tensor that is not on the event's device; {_DEVICE}")
         return value
 
-    generate([method], moved, moved.inputs(prompts_for(method)), around=around)
+    try:
+        generate([method], tiny, tiny.inputs(prompts_for(method)), around=around)
+    except HookError as error:
+        if not isinstance(error.__cause__, Strayed):
+            raise
+        fail(f"{running} mixes tensors of two devices in {error.__cause__}; {_DEVICE}")
+
+
+_DEVICE = "give device=... of the event's tensors to every tensor you make, and move with .to(tensor.device)"

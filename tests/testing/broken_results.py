@@ -206,7 +206,26 @@ class Overflows(Adding):
         return event.hidden * 60000.0 / event.hidden.abs().amax(-1, keepdim=True) * 2
 
 
-@caught_by("check_device", r"on_hidden_states .* returns a tensor on meta; use the event's device")
+@caught_by("check_device", r"on_attention_probs .* mixes tensors of two devices in \w+; give device", beta=0.5)
+class ForgetsTheDevice(LocoRE):
+    def _window(self, event: Any, matrix: Any) -> Any:
+        keys = torch.arange(matrix.shape[-1])
+        return (event.rows[:, None] - keys == 1).unsqueeze(0).unsqueeze(0)
+
+
+@caught_by("check_device", r"on_attention_probs .* mixes tensors of two devices in", beta=0.5)
+class NamesTheDevice(LocoRE):
+    def on_attention_probs(self, event: Any, state: Any) -> Any:
+        return event.probs * torch.ones(event.probs.shape[-1], device="cpu") * 1.1
+
+
+@caught_by("check_device", r"on_hidden_states .* returns a tensor that is not on the event's device")
+class StaysOnTheCPU(Adding):
+    def on_hidden_states(self, event: Any, state: Any) -> Any:
+        return event.hidden.cpu() * 2
+
+
+@caught_by("check_device", r"on_hidden_states .* returns a tensor that is not on the event's device")
 class OtherDevice(Adding):
     def on_hidden_states(self, event: Any, state: Any) -> Any:
         return event.hidden.to("meta")

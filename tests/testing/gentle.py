@@ -22,14 +22,14 @@ from mitigate.core import (
 
 @dataclass(frozen=True, kw_only=True)
 class Gentle(Method):
-    """Multiplies the output of the last block.
+    """Adds a constant to the output of the last block.
 
     Paper: arXiv 0000.00000, which is made up.
 
     Parameters
     ----------
     gain
-        Factor; 1 changes nothing.
+        One more than the constant; 1 changes nothing.
     offset
         Layers before the last one.
     side
@@ -48,7 +48,7 @@ class Gentle(Method):
     """
 
     name: ClassVar[str] = "gentle"
-    summary: ClassVar[str] = "multiplies the output of the last block"
+    summary: ClassVar[str] = "adds a constant to the output of the last block"
     fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
     paper: ClassVar[Paper | None] = Paper(title="A gain", arxiv="0000.00000", where="Eq. 1")
     tags: ClassVar[Tags] = Tags(writes=frozenset({Point.HIDDEN_STATES}))
@@ -74,7 +74,7 @@ class Gentle(Method):
         return [Subscription(point=Point.HIDDEN_STATES, access=Access.WRITE, layers=(layer,))]
 
     def on_hidden_states(self, event: HiddenStates, state: MethodState) -> Any:
-        return None if self.gain == 1.0 else event.hidden * self.gain
+        return None if self.gain == 1.0 else event.hidden + (self.gain - 1.0)
 
     @classmethod
     def identity(cls) -> Self:
