@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+import traceback
+from pathlib import Path
+
 
 class MitigateError(Exception):
     """Base class: a problem the user can fix. Its message is one or two lines."""
@@ -41,3 +45,21 @@ class HookError(MitigateError):
 
 class DataError(MitigateError):
     """A data file, record or artefact is missing, damaged or does not belong to this run."""
+
+
+def described(error: BaseException, source: str = "") -> str:
+    """Write an exception in one line: ``TypeError: reason (file.py:12)``.
+
+    Parameters
+    ----------
+    error
+        A raised exception.
+    source
+        File of the culprit: the place is the last line of it that the exception came through; without one, or where
+        there is none, the line that raised.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == source] or frames
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+    return f"{type(error).__name__}{': ' if reason else ''}{reason}{place}"

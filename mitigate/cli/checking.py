@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -168,13 +168,14 @@ def _table(name: str, results: Sequence[CheckResult]) -> Table:
         right = column in ("runs", "seconds")
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column == "check")
     on_models = False
+    first = _first_seen(results)
     for check_name, group in groupby(results, key=lambda row: row.check):
         rows = list(group)
         if rows[0].family and not on_models:
             table.add_section()  # from here on, on tiny models
             on_models = True
         seconds = sum(row.seconds for row in rows)
-        told = Text("\n".join(_told(rows)))
+        told = Text("\n".join(_told(rows, first)))
         table.add_row(check_name, _outcome(rows), str(len(rows)), f"{seconds:.2f}", told)
     return table
 
@@ -194,13 +195,27 @@ def _order(rows: Iterable[CheckResult]) -> list[str]:
     return [status for status in order if status in present]
 
 
-def _told(rows: Sequence[CheckResult]) -> list[str]:
+def _first_seen(results: Sequence[CheckResult]) -> dict[str, str]:
+    """Return for every error of a handler the first check that met it: the table tells it there alone."""
+    from mitigate.testing.suite import own_error
+
+    first: dict[str, str] = {}
+    for row in results:
+        first.setdefault(own_error(row.error), row.check)
+    return first
+
+
+def _told(rows: Sequence[CheckResult], first: Mapping[str, str]) -> list[str]:
     """Return every message once, with where it was first seen and how often it came."""
+    from mitigate.testing.suite import own_error
+
     places: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: not row.bad):
-        if row.message:
+        error = own_error(row.error)
+        message = f"the error of {first[error]}" if error and first[error] != row.check else row.message
+        if message:
             place = " ".join(part for part in (row.family, f"[{row.params}]" if row.params else "") if part)
-            places.setdefault(row.message, []).append(place)
+            places.setdefault(message, []).append(place)
     lines = []
     for message, seen in places.items():
         more = f" (and {len(seen) - 1} more)" if len(seen) > 1 else ""

@@ -26,7 +26,7 @@ from mitigate.core.points import ATTENTION_POINTS, Access, Phase, Point
 from mitigate.core.request import Request
 from mitigate.core.state import MethodState
 from mitigate.core.streams import edit_images
-from mitigate.errors import HookError, LayoutError, MitigateError, StackConflict, UnsupportedModel
+from mitigate.errors import HookError, LayoutError, MitigateError, StackConflict, UnsupportedModel, described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -203,7 +203,9 @@ class HookBus:
                 raise
             layer = getattr(event, "layer", None)
             where = f"{f'layer {layer}, ' if layer is not None else ''}phase {event.phase}, step {event.step}"
-            raise HookError(f"{item.key}.on_{item.subscription.point.value} failed at {where}: {error!r}") from error
+            source = getattr(getattr(item.handler, "__code__", None), "co_filename", "")
+            reason = described(error, source)
+            raise HookError(f"{item.key}.on_{item.subscription.point.value} failed at {where}: {reason}") from error
         finally:
             state.spend(time.perf_counter() - started)
         if value is not None and item.subscription.access is not Access.WRITE:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mitigate.core.method import Method
-from mitigate.errors import ConfigError, PluginError, UnknownName
+from mitigate.errors import ConfigError, HookError, MitigateError, PluginError, UnknownName, described
 from mitigate.registry import suggestion
 from mitigate.testing import (
     checks_api,
@@ -99,7 +99,7 @@ class Case:
         except Skip as skip:
             return self._result("skipped", str(skip), began)
         except Exception as error:  # a method under test may raise anything
-            status, message, failure = "failed", explain(error), error
+            status, message, failure = "failed", explain(error, _file(self.method)), error
         if self.expected and failure is not None:
             status, message = "expected failure", self.expected
         elif self.expected and self.strict:
@@ -113,13 +113,20 @@ class Case:
         return CheckResult(name, self.check.name, self.params, self.family, status, message, seconds, error)
 
 
-def explain(error: Exception) -> str:
-    """Write an exception in one message: a check's own words, or what the method raised and where."""
+def explain(error: Exception, source: str = "") -> str:
+    """Write an exception in one message: a check's own words, or what the method raised and where in its file."""
     if isinstance(error, CheckFailure):
         return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"raised {type(error).__name__}: {error}{where}"
+    if isinstance(error, MitigateError):  # its message names the place
+        return f"raised {type(error).__name__}: {error}"
+    return f"raised {described(error, source)}"
+
+
+def own_error(error: BaseException | None) -> str:
+    """Return the error of a handler that is behind a failure, empty if none is: one mistake fails many checks."""
+    while error is not None and not (isinstance(error, HookError) and error.__cause__ is not None):
+        error = error.__cause__ or error.__context__
+    return "" if error is None else repr(error.__cause__)
 
 
 def catalogue(extra_checks: Iterable[Extra] = ()) -> list[Check]:
@@ -262,6 +269,10 @@ def _families(families: Sequence[str] | None) -> list[str]:
     known = tiny_families()
     _known(families or (), known, "family of tiny models")
     return known if families is None else list(families)
+
+
+def _file(method: Method) -> str:
+    return getattr(sys.modules.get(type(method).__module__), "__file__", None) or ""
 
 
 def _known(wanted: Iterable[str], known: Sequence[str], kind: str) -> None:

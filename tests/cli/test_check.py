@@ -78,6 +78,18 @@ def test_a_message_says_where_it_was_seen_first_and_how_often(capsys: pytest.Cap
     assert "mine: gain=nan raises AssertionError" in flat
 
 
+def test_an_error_of_a_handler_is_told_once_with_its_place(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    text = CLASS + "\n    def on_hidden_states(self, event, state):\n        return event.hidden.nothing\n"
+    (here / "mine.py").write_text(text)
+    wanted = ("check_detach", "check_batch", "check_composes")
+    code, out, _ = outcome(capsys, "mine:Mine", *(f"--check={name}" for name in wanted))
+    flat = " ".join(out.replace("│", " ").split())
+    assert code == 1
+    assert "mine.on_hidden_states failed at layer 3, phase prefill, step 0: AttributeError" in flat
+    assert f"'nothing' (mine.py:{len(text.splitlines())})" in flat
+    assert flat.count("the error of check_detach") == 2
+
+
 def test_json_has_every_run(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     code, out, err = outcome(capsys, "locore", "mine:Mine", "--json", *API)
     assert (code, err) == (1, "")

@@ -103,6 +103,17 @@ def test_error_names_method_point_layer_and_step(model, untouched):
         model.generate(**untouched, max_new_tokens=4, pad_token_id=PAD)
 
 
+def test_error_names_the_line_of_the_method_not_of_the_library(model, untouched):
+    class Wrong(Broken):
+        def on_attention_probs(self, event, state):
+            return torch.nn.functional.interpolate(event.probs, size=(1, 2, 3))
+
+    line = Wrong.on_attention_probs.__code__.co_firstlineno + 1
+    place = rf"step 0: ValueError: [^\n]* \(test_restore\.py:{line}\)$"
+    with Stack([Wrong()]).attach(model), pytest.raises(HookError, match=place):
+        model.generate(**untouched, max_new_tokens=4, pad_token_id=PAD)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("during", ["prefill", "diagnostic", "decode"])
 def test_after_an_error_in_the_model(model, untouched, error, during):

@@ -89,7 +89,8 @@ def test_the_example_raises(path: Path) -> None:
     named = MitigateError if path.stem == "MitigateError" else type(error)
     assert isinstance(error, named)
     assert named.__name__ == path.stem
-    assert example.output == f"{type(error).__name__}: {error}\n"
+    message = str(error).replace(f"({session.module.__name__}:", "(mine.py:")  # as if the example were in a file
+    assert example.output == f"{type(error).__name__}: {message}\n"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
