@@ -209,7 +209,9 @@ def parametrized(*plugins: Any, **options: Any) -> dict[str, Any]:
 
     (mark,) = parametrize_with_checks(plugins, families=(), **options)(test).pytestmark
     assert mark.args[0] == ("method", "check")
-    return {each.id: each for each in mark.args[1]}
+    found = {each.id: each for each in mark.args[1]}
+    assert len(found) == len(mark.args[1]), "two tests have one id"
+    return found
 
 
 def test_ids_are_readable_and_every_instance_has_its_own() -> None:
