@@ -15,7 +15,10 @@ from tests.docs.pages import DOCS, ROOT, Session, blocks, source
 FOLDER = DOCS / "errors"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.stem != "index")
 #: Exceptions without a page: signals that no user sees.
-WITHOUT_PAGE = {"Skip": "a check's word for 'does not apply', shown as a skipped check"}
+WITHOUT_PAGE = {
+    "Skip": "a check's word for 'does not apply', shown as a skipped check",
+    "Strayed": "told as the CheckFailure of check_device",
+}
 #: Pages of exceptions whose messages are other pages' matter, or those of single checks.
 WITHOUT_MESSAGES = {"MitigateError", "CheckFailure"}
 #: Fewer letters than this do not identify a message.
