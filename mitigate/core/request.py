@@ -157,6 +157,11 @@ class Request:
                 self._generators.append(torch.Generator().manual_seed(seed))
         return self._generators
 
+    @property
+    def has_drawn(self) -> bool:
+        """Whether a method has asked for the random generators."""
+        return self._generators is not None
+
     def uniform(self, where: Tensor) -> Tensor:
         """Draw one number in [0, 1) for the rows of a mask; other rows' generators stay where they are.
 

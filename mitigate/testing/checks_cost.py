@@ -111,6 +111,24 @@ def check_cost_is_paid(subject: Subject) -> None:
     )
 
 
+@check(needs_model=True, once=True)
+def check_draws(subject: Subject) -> None:
+    """Declare random draws only if some parameter set makes any."""
+    tiny = stage(subject)
+    if not subject.method.tags.stochastic:
+        raise Skip("declares no random draws: check_deterministic sees that it makes none")
+    for method in instances(subject.plugin):
+        with suppress(Skip):
+            stage(Subject(method, subject.tiny))
+            _, calls = record([method], tiny, tiny.inputs(SINGLE), steps=_LENGTHS[0])
+            if any(call.event.request.has_drawn for call in calls):
+                return
+    fail(
+        f"{subject.name}: tags.stochastic is True, but no parameter set of test_params() draws from "
+        f"request.generators: take the tag away, or add a set that draws"
+    )
+
+
 @check(needs_model=True)
 def check_gradients(subject: Subject) -> None:
     """Work in every grad mode of the caller, leave it alone, and leave no gradient and no graph behind."""

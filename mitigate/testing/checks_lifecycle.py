@@ -162,9 +162,11 @@ def check_inputs_untouched(subject: Subject) -> None:
     def around(item: BoundSubscription, event: Event, call: Callable[[], Any]) -> Any:
         watched = {**tensors_of(event), **_cache_of(event)}
         copies = {name: tensor.detach().clone() for name, tensor in watched.items()}
-        value = call()
+        with _lending(event, watched, copies):
+            value = call()
+        now = {**watched, **tensors_of(event)}
         for name, tensor in watched.items():
-            if not _equal(tensor, copies[name]):
+            if not (_equal(tensor, copies[name]) and _equal(now[name], copies[name])):
                 fail(
                     f"{subject.name}.{where(item, event)} edits event.{name} in place; other methods and the model see "
                     f"it uncounted: return a new tensor (clone() first, or torch.where)"
@@ -174,6 +176,26 @@ def check_inputs_untouched(subject: Subject) -> None:
     generate([subject.method], tiny, inputs, around=around)
     for name, value in inputs.items():
         ensure(_equal(value, given[name]), f"{subject.name} edits the caller's {name} in place; work on a copy")
+
+
+@contextmanager
+def _lending(event: Event, watched: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Watch the logits of branches too, from when the handler gets them: other methods may share the branch."""
+    request = event.request
+    lend, outer = request.branch_logits, vars(request).get("branch_logits")
+
+    def branch_logits(key: str, name: str) -> torch.Tensor:
+        logits = lend(key, name)
+        watched[f"branch_logits({name!r})"], copies[f"branch_logits({name!r})"] = logits, logits.clone()
+        return logits
+
+    request.branch_logits = branch_logits  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del request.branch_logits
+        if outer is not None:  # a handler inside a handler: of a pass that the outer one asked for
+            request.branch_logits = outer  # type: ignore[method-assign]
 
 
 def _cache_of(event: Event) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import types
@@ -103,6 +104,8 @@ def of_process() -> Snapshot:
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "default dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
+        "precision": (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
+        "environment": dict(os.environ),
         "global attention functions": [
             {key: Same(value) for key, value in table.items() if key != ATTENTION_NAME} for table in tables
         ],

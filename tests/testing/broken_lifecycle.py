@@ -6,6 +6,7 @@ Most are built-in methods with one thing broken.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import warnings
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from mitigate.core import Fidelity, Method, Phase, Point, Subscription, Tags
+from mitigate.core import Access, Branch, Fidelity, Method, Phase, Point, Subscription, Tags
 from mitigate.methods.clva import CLVA
 from mitigate.methods.control_random import ControlRandom
 from mitigate.methods.dleaf import DLEAF
@@ -199,6 +200,42 @@ class EditsHidden(SCR):
 class EditsLayout(LocoRE):
     def on_attention_probs(self, event: Any, state: Any) -> Any:
         event.layout.valid[:, 0] = ~event.layout.valid[:, 0]
+        return super().on_attention_probs(event, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditsBranchLogits(Method):
+    name: ClassVar[str] = "contrasting"
+    summary: ClassVar[str] = "contrasts with a stream without the picture"
+    fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
+    tags: ClassVar[Tags] = Tags(writes=frozenset({Point.NEXT_TOKEN_LOGITS}), forwards_per_token=1.0)
+
+    def branches(self) -> list[Branch]:
+        return [Branch(name="blind", images=False)]
+
+    def subscriptions(self, model: Any) -> list[Subscription]:
+        return [Subscription(point=Point.NEXT_TOKEN_LOGITS, access=Access.WRITE)]
+
+    def on_next_token_logits(self, event: Any, state: Any) -> Any:
+        return event.logits * 1.5 - event.branch_logits("blind").mul_(0.5)
+
+
+caught_by("check_inputs_untouched", r"on_next_token_logits .* edits event\.branch_logits\('blind'\) in place")(
+    EditsBranchLogits
+)
+
+
+@caught_by("check_inputs_untouched", r"edits event\.request\.finished in place")
+class EndsSamples(LocoRE):
+    def on_attention_probs(self, event: Any, state: Any) -> Any:
+        event.request.finished = ~event.request.finished
+        return super().on_attention_probs(event, state)
+
+
+@caught_by("check_detach", r"environment \(MINE is new\)")
+class SetsTheEnvironment(LocoRE):
+    def on_attention_probs(self, event: Any, state: Any) -> Any:
+        os.environ["MINE"] = "1"
         return super().on_attention_probs(event, state)
 
 

@@ -304,6 +304,11 @@ class Overpriced(LocoRE):
     tags: ClassVar[Tags] = dataclasses.replace(LocoRE.tags, forwards_per_token=1.0)
 
 
+@caught_by("check_draws", r"tags\.stochastic is True, but no parameter set .* draws from request\.generators")
+class NeverDraws(LocoRE):
+    tags: ClassVar[Tags] = dataclasses.replace(LocoRE.tags, stochastic=True)
+
+
 @caught_by("check_gradients", r"runs backwards without saying so: set tags\.gradient")
 class UndeclaredGradient(LocoRE):
     def on_attention_probs(self, event: Any, state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,7 @@ def _unharmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.set_grad_enabled(True)
     AttentionInterface._global_mapping.pop("mine", None)
+    os.environ.pop("MINE", None)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
@@ -45,6 +47,7 @@ def test_a_method_that_keeps_the_rules_passes() -> None:
         "check_probabilities",  # it writes no attention
         "check_positions",  # it may touch every token
         "check_cost_is_paid",  # it costs nothing
+        "check_draws",  # it draws nothing
     }
 
 
