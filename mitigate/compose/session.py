@@ -18,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from mitigate.compose.schema import RunConfig
 from mitigate.compose.schemas import schema_of
@@ -32,9 +33,13 @@ GROUPS = (*FILE_GROUPS, "methods", "benchmark")
 
 #: Values per model that packages add; no group of its own, since nobody chooses there (`mitigate.compose.tuned`).
 TUNED = "tuned"
+#: Groups whose files set keys of the whole configuration, and so must say that they do.
+_GLOBAL = ("stack", "experiment")
 #: Groups whose options are generated from the registered classes.
 _GENERATED = ("methods", "benchmark")
 _SCHEMAS = ("run_schema", "methods/", "benchmark/")
+#: What Hydra raises at a file with wrong content; ValueError is also that of a wrong encoding or defaults list.
+_UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,14 @@ class Session:
         return [distribution_of(source.provider) for source in self.sources() if source.is_config(path)]
 
     def check_option(self, path: str) -> None:
-        """Refuse a configuration file that Hydra would take from one of several packages, or that hides a plugin.
+        """Refuse a file that Hydra would take from one of several packages, cannot read, or would read as another.
 
         Raises
         ------
         DuplicateName
             If two packages bring the file.
         ConfigError
-            If a package brings a file where options are generated.
+            If a package brings a file where options are generated, or one that cannot be read.
         """
         packages = self.brought_by(path)
         if path.startswith(_GENERATED) and packages:
@@ -115,6 +120,13 @@ class Session:
                 f"conf/{path}.yaml comes from both {' and '.join(packages)}; rename one (such as PACKAGE_NAME), or "
                 f"set MITIGATE_PLUGINS to the packages you want"
             )
+        for package in packages:
+            try:
+                header = self._loader.repository.load_config(path).header
+            except _UNREADABLE as error:
+                raise ConfigError(f"conf/{path}.yaml of {package} cannot be read: {_explain(error)}") from error
+            if path.partition("/")[0] in _GLOBAL and header.get("package") != "_global_":
+                raise ConfigError(f"conf/{path}.yaml of {package} must begin with the line: # @package _global_")
 
     def unknown_option(self, group: str, option: str) -> UnknownName:
         """Return the error for an option no file has; it says so if files of a package cannot be read."""
@@ -174,17 +186,20 @@ class Session:
             except MissingConfigException as error:
                 missing = error.missing_cfg_file or ""
                 if not missing.startswith(_GENERATED) or missing in made:
-                    raise ConfigError(_explain(error)) from error
+                    raise ConfigError(str(error).splitlines()[0]) from error  # the rest is the search path
                 made.add(missing)
                 _store_schema(*missing.split("/", 1))
-            except (HydraException, OmegaConfBaseException) as error:
+            except _UNREADABLE as error:
                 raise ConfigError(_explain(error)) from error
 
     def _compose(self, tokens: Sequence[str]) -> Composed:
+        for override in self.parse(tokens):
+            if override.key_or_group in FILE_GROUPS and isinstance(override.value(), str):
+                self.check_option(f"{override.key_or_group}/{override.value()}")
         config = self.merge(tokens)
         try:
             defaults = self._loader.compute_defaults_list(PRIMARY, list(tokens), RunMode.RUN).defaults
-        except (HydraException, OmegaConfBaseException) as error:
+        except _UNREADABLE as error:
             raise ConfigError(_explain(error)) from error
         origins: dict[str, str] = {}
         chosen: dict[str, str] = {}
@@ -248,7 +263,9 @@ def _store_schema(group: str, name: str) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """Shorten a Hydra or OmegaConf error to one or two lines: where, and what."""
+    """Shorten an error of Hydra, OmegaConf or YAML to one or two lines: where, and what."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -35,6 +35,8 @@ _IMPORTED = frozenset(
     Subscription Tags Tensor
     """.split()  # noqa: SIM905 - a list of words
 )
+#: Where a name is expected, YAML and command lines read these as values.
+_VALUES = frozenset({"false", "inf", "nan", "no", "null", "off", "on", "true", "yes"})
 #: The package has a folder of this name beside the method file.
 _FOLDERS = frozenset({"conf"})
 
@@ -67,6 +69,8 @@ class NewPackage:
             raise refuse("write lower-case letters, digits and single underscores, such as my_method")
         if keyword.iskeyword(self.name):
             raise refuse("it is a word of the Python language; add to it, such as " + self.name + "_method")
+        if self.name in _VALUES:
+            raise refuse(f"configurations read it as a value; add to it, such as {self.name}_method")
         if self.class_name in _IMPORTED or self.name in _FOLDERS:
             raise refuse(f"the package needs that name itself; add to it, such as {self.name}_method")
         if len(self.name) > _LONGEST:

@@ -113,6 +113,8 @@ def test_every_template_is_used_and_shipped() -> None:
         ("2nd", "lower-case"),
         ("", "lower-case"),
         ("lambda", "word of the Python language"),
+        ("null", "read it as a value"),
+        ("on", "read it as a value"),
         ("conf", "the package needs that name itself"),
         ("method", "the package needs that name itself"),
         ("a" * 31, "at most 30"),

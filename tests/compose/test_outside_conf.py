@@ -153,6 +153,35 @@ def test_one_file_of_two_packages(tmp_path: Path, see: See, files: dict[str, str
     assert compose_run(["stack=none", "model=llava-1.5-7b"]).methods == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: [\n", r"cannot be read: \S+mitigate_bar_x.yaml, line 2: expected the node"),
+        ("# @package _global_\ndefaults:\n  - override /methods: [clva, 3]\n", "cannot be read: .* must be strings"),
+        ("# @package _global_\n# caf\xe9\n", "cannot be read: 'utf-8' codec"),
+        ("defaults:\n  - override /methods: [clva]\n", "must begin with the line: # @package _global_"),
+    ],
+)
+def test_a_preset_that_cannot_be_read(tmp_path: Path, see: See, text: str, message: str) -> None:
+    """Named with its package where it is chosen; an error of the command at least where another file chooses it."""
+    bar(tmp_path, stack__mitigate_bar_x="", experiment__mitigate_bar_e=EXPERIMENT.replace("foo_strong", "bar_x"))
+    (tmp_path / "mitigate_bar" / "conf" / "stack" / "mitigate_bar_x.yaml").write_text(text, encoding="latin-1")
+    see(tmp_path)
+    with pytest.raises(ConfigError, match=f"conf/stack/mitigate_bar_x.yaml of mitigate-bar {message}"):
+        compose_run(["stack=mitigate_bar_x"])
+    with pytest.raises(ConfigError) as refused:
+        compose_run(["experiment=mitigate_bar_e"])
+    assert len(str(refused.value).splitlines()) <= 2
+    assert compose_run(["stack=clva"]).stack_name == "clva"
+
+
+def test_a_preset_that_names_no_file(tmp_path: Path, see: See) -> None:
+    bar(tmp_path, stack__bar="# @package _global_\ndefaults:\n  - gone\n")
+    see(tmp_path)
+    with pytest.raises(ConfigError, match=r"^In 'stack/bar': Could not load 'stack/gone'\.$"):
+        compose_run(["stack=bar"])
+
+
 def test_a_file_where_options_are_generated(tmp_path: Path, see: See) -> None:
     bar(tmp_path, methods__clva="weight: 3\n")
     see(tmp_path)
