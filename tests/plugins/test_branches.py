@@ -266,6 +266,15 @@ def test_stop_strings(model: Any, methods: list[Method], monkeypatch: pytest.Mon
         assert [row[method.name]["steps_edited"] for row in telemetry] == [3, STEPS]
 
 
+@pytest.mark.parametrize("method", [PAI(gamma=2.0), VCD()], ids=lambda method: method.name)
+def test_branches_follow_the_beams_without_starting_over(model: Any, method: Method) -> None:
+    inputs = batch(model, seed=4)
+    with counted(model.lm_head) as forwards, counted(model.model.vision_tower) as towers:
+        generate(model, [method], inputs, STEPS, eos_token_id=[], num_beams=3)
+    assert len(forwards) == 2 * STEPS
+    assert len(towers) == (2 if method.name == "vcd" else 1)
+
+
 def test_hand_made_forwards_see_the_branch_too(model: Any) -> None:
     """Outside generate: the prompt, then token by token with the caller's own cache."""
     inputs = batch(model, seed=5)
