@@ -270,7 +270,7 @@ def test_stop_strings(model: Any, methods: list[Method], monkeypatch: pytest.Mon
 def test_branches_follow_the_beams_without_starting_over(model: Any, method: Method) -> None:
     inputs = batch(model, seed=4)
     with counted(model.lm_head) as forwards, counted(model.model.vision_tower) as towers:
-        generate(model, [method], inputs, STEPS, eos_token_id=[], num_beams=3)
+        generate(model, [method], inputs, STEPS, min_new_tokens=STEPS, num_beams=3)
     assert len(forwards) == 2 * STEPS
     assert len(towers) == (2 if method.name == "vcd" else 1)
 
