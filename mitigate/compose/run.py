@@ -14,14 +14,12 @@ from mitigate.compose.checks import check_stack, check_values_in_range
 from mitigate.compose.facts import facts_of
 from mitigate.compose.overrides import check_values, expand_sweeps, method_keys, parse_checked
 from mitigate.compose.resolved import ResolvedRun
-from mitigate.compose.schemas import native
+from mitigate.compose.schemas import check_value, native
 from mitigate.compose.session import Composed, Session, flatten, session
 from mitigate.compose.tuned import tuned_for, tuned_values
-from mitigate.compose.values import DEFAULT, MethodValues, decide
+from mitigate.compose.values import COMMAND_LINE, DEFAULT, MethodValues, decide
 from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import benchmarks, methods, suggestion
-
-COMMAND_LINE = "command line"
 
 
 def compose_run(overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -152,8 +150,13 @@ def _build(
     check_values_in_range(config)
     if config["benchmark"] is None:
         raise ConfigError(f"a run needs a benchmark; known: {', '.join(benchmarks().names())}")
-    parameters = {key: value for key, value in config["benchmark"].items() if key != "name"}
     plugin = benchmarks().get(config["benchmark"]["name"])
+    parameters = {
+        key: check_value(plugin, key, value, f"benchmark.{key}={value}")
+        for key, value in config["benchmark"].items()
+        if key != "name"
+    }
+    config["benchmark"] |= parameters
     built = {key: values.build() for key, values in decided.items()}
     facts = facts_of(config["model"])
     check_stack(built, facts, config)

@@ -8,7 +8,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +71,13 @@ def annotations_of(plugin: type) -> dict[str, Any]:
 
 
 def _config_type(annotation: Any) -> Any:
-    """Translate an annotation into one OmegaConf can check (tuples become lists, literals plain strings)."""
+    """Translate an annotation into one OmegaConf can check: tuples become lists, enums and literals what they hold."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (int, float, bool, str) or (isinstance(annotation, type) and issubclass(annotation, enum.Enum)):
+    if annotation in (int, float, bool, str):
         return annotation
+    if _is_enum(annotation) or origin is typing.Literal:
+        kinds = {type(choice) for choice in _choices(annotation)}
+        return typing.Union[tuple(kinds)] if kinds <= {int, float, bool, str} else Any  # noqa: UP007
     if origin in (typing.Union, types.UnionType):
         inner = [_config_type(argument) for argument in arguments if argument is not type(None)]
         if len(inner) != 1 and any(kind not in (int, float, bool, str) for kind in inner):
@@ -85,9 +88,40 @@ def _config_type(annotation: Any) -> Any:
         return list[_config_type(arguments[0])] if arguments else list[Any]  # type: ignore[misc]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return dict[str, Any]
-    if origin is typing.Literal and all(isinstance(argument, str) for argument in arguments):
-        return str
     return Any
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+def _choices(annotation: Any) -> dict[Any, Any]:
+    """Return what may be written for a literal or an enum -> its plain value; enums are written by name or by value."""
+    if not _is_enum(annotation):
+        return {argument: argument for argument in typing.get_args(annotation)}
+    by_value = {member.value: plain(member) for member in annotation}
+    return {member.name: plain(member) for member in annotation} | by_value
+
+
+def _settled(annotation: Any, value: Any, text: str) -> Any:
+    """Return a value of the right type with enums by value; what is no choice, or too many of a tuple, is refused."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return value if value is None or len(inner) != 1 else _settled(inner[0], value, text)
+    if isinstance(value, list) and arguments:
+        fixed = origin is tuple and Ellipsis not in arguments
+        if fixed and len(value) != len(arguments):
+            raise ConfigError(f"{text} has the wrong length: it takes {len(arguments)} values, not {len(value)}")
+        return [_settled(arguments[number] if fixed else arguments[0], item, text) for number, item in enumerate(value)]
+    if _is_enum(annotation) or origin is typing.Literal:
+        choices = _choices(annotation)
+        if not isinstance(value, Hashable) or value not in choices:
+            raise ConfigError(
+                f"{text} is none of {', '.join(str(choice) for choice in dict.fromkeys(choices.values()))}"
+            )
+        return choices[value]
+    return value
 
 
 def plain(value: Any) -> Any:
@@ -160,7 +194,7 @@ def check_value(plugin: type, key: str, value: Any, text: str) -> Any:
     Raises
     ------
     ConfigError
-        If the value has the wrong type.
+        If the value has the wrong type, or is none of the choices.
     """
     annotation = annotations_of(plugin)[key]
     schema = dataclasses.make_dataclass("Value", [(key, _config_type(annotation), dataclasses.field(default=MISSING))])
@@ -170,7 +204,7 @@ def check_value(plugin: type, key: str, value: Any, text: str) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{text} has the wrong type: {key} is {type_name(annotation)}") from error
     container: Any = OmegaConf.to_container(node)
-    return container[key]
+    return _settled(annotation, container[key], text)
 
 
 def native(plugin: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,9 +219,12 @@ def _native(annotation: Any, value: Any) -> Any:
         if origin in (typing.Union, types.UnionType):
             options = [argument for argument in arguments if typing.get_origin(argument) in (tuple, list, Sequence)]
             return _native(options[0], value) if options else value
+        if arguments:
+            inner = arguments if origin is tuple and Ellipsis not in arguments else arguments[:1] * len(value)
+            value = [_native(kind, item) for kind, item in zip(inner, value, strict=True)]
         if annotation is tuple or origin is tuple or origin is Sequence:
             return tuple(value)
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum) and not isinstance(value, annotation):
+    if _is_enum(annotation) and not isinstance(value, annotation):
         return annotation[value] if value in annotation.__members__ else annotation(value)
     return value
 

@@ -17,6 +17,7 @@ from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import methods, suggestion
 
 DEFAULT = "default"
+COMMAND_LINE = "command line"
 #: Values and where they came from.
 _Layer = tuple[Mapping[str, Any], Mapping[str, str] | str]
 
@@ -120,6 +121,11 @@ def decide(key: str, node: DictConfig, tuned: Mapping[str, TunedValue], origins:
         raise ConfigError(f"methods.{key}.{missing[0]} has no default; give it a value")
     container: Any = OmegaConf.to_container(typed)
     final = {parameter: plain(container[parameter]) for parameter in annotations_of(plugin)}
+    for parameter, value in final.items():
+        if not _has_reference(value):
+            source = provenance[parameter]
+            whose = "" if source in (DEFAULT, COMMAND_LINE) else f" (from {source})"
+            final[parameter] = check_value(plugin, parameter, value, f"methods.{key}.{parameter}={value}{whose}")
     return MethodValues(name, preset, final, provenance)
 
 

@@ -111,6 +111,27 @@ def test_a_refused_value_names_the_package_it_came_from(tmp_path: Path, see: See
         compose_run(LLAVA)
 
 
+def test_enums_and_literals_are_written_by_name_or_value(tmp_path: Path, see: See) -> None:
+    """The defaults are enum members; what is no choice is refused with the choices and where it came from."""
+    source = "import enum\nfrom typing import Literal\nclass Colour(enum.Enum):\n    RED = 'red'\n    BLUE = 'blue'\n"
+    fields = "    colour: Colour = Colour.RED\n    mode: Literal['a', 'b'] = 'a'\n    gain: float = 1.0\n"
+    tuned = {"conf/tuned/small.yaml": "foo: {mode: c}", "conf/stack/red.yaml": PRESET.replace("gain: 2.0", "mode: d")}
+    files = {**FILES, **tuned, "foo.py": source + method().replace("    gain: float = 1.0\n", fields)}
+    install(tmp_path, "mitigate-foo", files, POINTS)
+    see(tmp_path)
+    assert compose_run(["methods=[foo]"]).config["methods"]["foo"]["colour"] == "red"
+    named, valued = (compose_run(["methods=[foo]", f"methods.foo.colour={word}"]) for word in ("BLUE", "blue"))
+    assert named.methods == valued.methods
+    assert named.digest == valued.digest
+    for overrides, message in (
+        (["methods=[foo]", "methods.foo.colour=green"], r"^methods.foo.colour=green is none of red, blue$"),
+        (["model=small", "methods=[foo]"], r"of mitigate-foo: foo.mode=c is none of a, b"),
+        (["stack=red"], r"^methods.foo.mode=d \(from stack red\) is none of a, b$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compose_run(overrides)
+
+
 def test_one_value_from_two_packages(tmp_path: Path, see: See) -> None:
     """Refused with both; another parameter of the same method is no clash, nor is a run without the method."""
     install(tmp_path, "mitigate-foo", FILES, POINTS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,11 @@ from mitigate.compose.schemas import check_value, defaults_of, native, parameter
 from mitigate.core import Point
 from mitigate.errors import ConfigError, PluginError
 from tests.toys import Toy
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
+    LARGE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,11 @@ class Wide:
     listed: list[float] = field(default_factory=lambda: [0.5])
     table: dict[str, int] = field(default_factory=dict)
     kind: Literal["x", "y"] = "x"
+    level: Literal[1, 2] | None = 1
     point: Point = Point.VISION
+    size: Size = Size.SMALL
+    pair: tuple[float, float] = (0.0, 1.0)
+    spans: tuple[tuple[int, int], ...] = ((0, 1),)
     anything: Any = None
 
 
@@ -63,6 +73,14 @@ def test_unset_node_tells_set_from_default() -> None:
         ("names", ["b", "c"], ["b", "c"]),
         ("table", {"k": 1}, {"k": 1}),
         ("kind", "y", "y"),
+        ("level", 2, 2),
+        ("level", None, None),
+        ("point", "vision", "vision"),
+        ("point", "VISION", "vision"),
+        ("size", "LARGE", 2),
+        ("size", 2, 2),
+        ("pair", [1, 2], [1.0, 2.0]),
+        ("spans", [[0, 1], [2, 3]], [[0, 1], [2, 3]]),
         ("anything", [1], [1]),
     ],
 )
@@ -89,10 +107,34 @@ def test_wrong_types_name_key_and_type(key: str, value: Any) -> None:
         check_value(Wide, key, value, "text")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("kind", "z", "text is none of x, y"),
+        ("level", 3, "text is none of 1, 2"),
+        ("point", "sight", "text is none of .*vision"),
+        ("size", 3, "text is none of 1, 2"),
+        ("pair", [1.0], "text has the wrong length: it takes 2 values, not 1"),
+        ("spans", [[0, 1, 2]], "text has the wrong length: it takes 2 values, not 3"),
+    ],
+)
+def test_what_is_no_choice_is_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_value(Wide, key, value, "text")
+
+
 def test_values_come_back_as_the_dataclass_wants_them() -> None:
-    values = native(Wide, {"needed": 1, "names": ["a"], "rows": [1], "listed": [0.5], "point": "vision"})
-    assert values == {"needed": 1, "names": ("a",), "rows": (1,), "listed": [0.5], "point": Point.VISION}
+    plain_values = {"needed": 1, "names": ["a"], "rows": [1], "listed": [0.5], "point": "vision", "spans": [[2, 3]]}
+    values = native(Wide, plain_values)
+    assert values == {
+        **plain_values,
+        "names": ("a",),
+        "rows": (1,),
+        "point": Point.VISION,
+        "spans": ((2, 3),),
+    }
     assert Wide(**values).point is Point.VISION
+    assert native(Wide, {"size": 2, "pair": [0.5, 1.0]}) == {"size": Size.LARGE, "pair": (0.5, 1.0)}
 
 
 def test_parameters_are_described() -> None:
