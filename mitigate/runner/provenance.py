@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import mitigate
-from mitigate.registry import metrics
+from mitigate.discovery import BUILTIN_DISTRIBUTION
+from mitigate.registry import RUNTIME_DISTRIBUTION, methods, metrics
 from mitigate.runner.fingerprint import code_hash
 
 if TYPE_CHECKING:
@@ -29,12 +30,19 @@ def versions(resolved: ResolvedRun) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    for package in PACKAGES:
+    for package in (*PACKAGES, *_packages_of_methods(resolved)):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found | plugin_versions(resolved)
+
+
+def _packages_of_methods(resolved: ResolvedRun) -> list[str]:
+    """Return the installed packages the methods come from, without the project and what was registered by hand."""
+    claims = methods().claims()
+    origins = {claim.distribution for method in resolved.methods.values() for claim in claims.get(method.name, ())}
+    return sorted(origins - {BUILTIN_DISTRIBUTION, RUNTIME_DISTRIBUTION})
 
 
 def plugin_versions(resolved: ResolvedRun) -> dict[str, str]:

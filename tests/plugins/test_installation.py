@@ -173,7 +173,9 @@ def test_they_run_in_a_stack_from_wheels_and_their_records_outlive_them(wheels: 
         script = (
             "from pathlib import Path; from mitigate.records import RunRecord, read_samples\n"
             "folder = Path('runs/mine/pai')\n"
-            "print(RunRecord.read(folder).telemetry['pai']['extra_forwards'], len(read_samples(folder)))"
+            "record = RunRecord.read(folder)\n"
+            "assert record.versions['mitigate-pai'] == '0.1.0', record.versions\n"
+            "print(record.telemetry['pai']['extra_forwards'], len(read_samples(folder)))"
         )
         read = wheels.run("-c", script)
         assert read.returncode == 0, read.stderr
