@@ -146,7 +146,7 @@ def _values(run: ResolvedRun) -> Table:
     table = Table("key", "value", "from", title="Values", title_justify="left")
     hidden = 0
     for key, value in flatten(run.config).items():
-        source = run.provenance.get(key)
+        source = run.provenance.get(key) or run.provenance.get(key.rpartition(".")[0])  # a mapping is one value
         if source is None:
             continue
         section = key.partition(".")[0]

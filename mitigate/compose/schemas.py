@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import json
 import re
 import types
 import typing
@@ -87,7 +88,7 @@ def _config_type(annotation: Any) -> Any:
     if origin in (tuple, list) or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return list[_config_type(arguments[0])] if arguments else list[Any]  # type: ignore[misc]
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return dict[str, Any]
+        return dict[str, _config_type(arguments[1]) if len(arguments) == 2 else Any]  # type: ignore[misc]
     return Any
 
 
@@ -138,13 +139,26 @@ def plain(value: Any) -> Any:
 
 
 def defaults_of(plugin: type) -> dict[str, Any]:
-    """Return parameter name -> default of a plugin dataclass, as plain values; required parameters are left out."""
+    """Return parameter name -> default of a plugin dataclass, as plain values; required parameters are left out.
+
+    Raises
+    ------
+    PluginError
+        If a default cannot be written into a configuration.
+    """
     found = {}
     for field in dataclasses.fields(plugin):
         if field.init and field.default is not dataclasses.MISSING:
             found[field.name] = plain(field.default)
         elif field.init and field.default_factory is not dataclasses.MISSING:
             found[field.name] = plain(field.default_factory())
+        try:
+            json.dumps(found.get(field.name))
+        except (TypeError, ValueError) as error:
+            raise PluginError(
+                f"{plugin.__module__}.{plugin.__qualname__}: default {found[field.name]!r} of {field.name} cannot be "
+                f"written into a configuration; use numbers, strings, enums, or tuples of them"
+            ) from error
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mitigate.cli import main
 from mitigate.compose import compose_comparison, compose_run
 from mitigate.compose.packages import brought_files
 from mitigate.compose.session import session
@@ -130,6 +131,17 @@ def test_enums_and_literals_are_written_by_name_or_value(tmp_path: Path, see: Se
     ):
         with pytest.raises(ConfigError, match=message):
             compose_run(overrides)
+
+
+def test_a_mapping_is_planned_with_its_source(tmp_path: Path, see: See, capsys: pytest.CaptureFixture[str]) -> None:
+    field = "    table: dict[str, float] = field(default_factory=lambda: {'a': 1.0})\n    gain: float = 1.0\n"
+    source = "from dataclasses import field\n" + method().replace("    gain: float = 1.0\n", field)
+    install(tmp_path, "mitigate-foo", {**FILES, "foo.py": source}, POINTS)
+    see(tmp_path)
+    assert main(["plan", "methods=[foo]", "methods.foo.table={b: 2}"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "methods.foo.table.b" in line)
+    assert "2.0" in row
+    assert "command line" in row
 
 
 def test_one_value_from_two_packages(tmp_path: Path, see: See) -> None:

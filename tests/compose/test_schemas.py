@@ -3,6 +3,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -97,6 +98,7 @@ def test_right_types_pass(key: str, value: Any, kept: Any) -> None:
         ("number", None),
         ("maybe", "a"),
         ("names", "a"),
+        ("table", {"k": "x"}),
         ("rows", ["a"]),
         ("needed", 1.5),
         ("kind", [1]),
@@ -168,3 +170,10 @@ def test_what_cannot_be_a_schema_is_a_plugin_error() -> None:
     for plugin, message in ((Bare, "is no dataclass"), (Reserved, "reserved"), (Unresolved, "cannot be read")):
         with pytest.raises(PluginError, match=message):
             schema_of("x", plugin)
+
+    @dataclass
+    class Placed:
+        folder: Path = Path("x")
+
+    with pytest.raises(PluginError, match=r"Placed: default PosixPath\('x'\) of folder cannot be written"):
+        defaults_of(Placed)
