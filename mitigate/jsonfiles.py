@@ -7,6 +7,7 @@ JSON has no NaN and no infinity: an undefined number is written as ``null`` and 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import math
@@ -25,8 +26,10 @@ def to_json(value: Any) -> Any:
     Raises
     ------
     DataError
-        If something in it is no plain data (numbers, text, lists, dicts with text keys, dataclasses).
+        If something in it is no plain data (numbers, text, enums, lists, dicts with text keys, dataclasses).
     """
+    if isinstance(value, enum.Enum):
+        return to_json(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -233,10 +234,15 @@ def test_what_was_appended_survives_a_kill(tmp_path: Path) -> None:
     assert [item.text for item in read_samples(tmp_path)] == ["é"]
 
 
+class Colour(enum.Enum):
+    RED = (1, 2)
+
+
 def test_numbers_json_cannot_hold() -> None:
     assert to_json({"a": [math.nan, math.inf, -math.inf, 1.5, (True, None)]}) == {
         "a": [None, "inf", "-inf", 1.5, [True, None]]
     }
+    assert to_json({"a": Colour.RED}) == {"a": [1, 2]}
     assert math.isnan(number(None))
     assert (number("inf"), number("-inf"), number(3)) == (math.inf, -math.inf, 3.0)
     for bad in ("nan", True, [], "3"):

@@ -62,9 +62,7 @@ def check_same_run(resolved: ResolvedRun, run_dir: Path) -> None:
         versions = recorded.get("versions")
         if not isinstance(versions, dict):
             raise DataError(f"{run_dir / 'record.json'} is no run record; delete {run_dir} to run it again")
-        before |= {
-            key: value for key, value in versions.items() if key.startswith(("benchmark ", "method ", "metric ", CODE))
-        }
+        before |= {key: value for key, value in versions.items() if key.startswith(_PLUGINS)}
         now |= plugin_versions(resolved)
     missing = object()
     keys = sorted(key for key in {*before, *now} if before.get(key, missing) != now.get(key, missing))

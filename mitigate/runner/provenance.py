@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import mitigate
 from mitigate.discovery import BUILTIN_DISTRIBUTION
-from mitigate.registry import RUNTIME_DISTRIBUTION, methods, metrics
+from mitigate.registry import RUNTIME_DISTRIBUTION, Registry, benchmarks, methods, metrics
 from mitigate.runner.fingerprint import code_hash
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def versions(resolved: ResolvedRun) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    for package in (*PACKAGES, *_packages_of_methods(resolved)):
+    for package in (*PACKAGES, *_packages_of_plugins(resolved)):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -38,10 +38,12 @@ def versions(resolved: ResolvedRun) -> dict[str, str]:
     return found | plugin_versions(resolved)
 
 
-def _packages_of_methods(resolved: ResolvedRun) -> list[str]:
-    """Return the installed packages the methods come from, without the project and what was registered by hand."""
-    claims = methods().claims()
-    origins = {claim.distribution for method in resolved.methods.values() for claim in claims.get(method.name, ())}
+def _packages_of_plugins(resolved: ResolvedRun) -> list[str]:
+    """Return the packages methods, benchmark and metrics come from, but for the project and what is registered here."""
+    chosen: list[tuple[Registry[Any], str]] = [(methods(), method.name) for method in resolved.methods.values()]
+    chosen += [(benchmarks(), resolved.benchmark.name)]
+    chosen += [(metrics(), name) for name in resolved.benchmark.extra_metrics]
+    origins = {claim.distribution for registry, name in chosen for claim in registry.claims().get(name, ())}
     return sorted(origins - {BUILTIN_DISTRIBUTION, RUNTIME_DISTRIBUTION})
 
 

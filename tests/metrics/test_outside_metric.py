@@ -15,7 +15,7 @@ from mitigate.metrics.chair import Chair
 from mitigate.metrics.pope import Pope
 from mitigate.records import SampleRecord
 from mitigate.registry import metrics
-from mitigate.runner.provenance import plugin_versions
+from mitigate.runner.provenance import plugin_versions, versions
 from mitigate.statistics import intervals
 from tests.outside import install, visible
 
@@ -73,6 +73,7 @@ def test_a_run_adds_a_metric_of_another_package() -> None:
     told = plugin_versions(run)
     assert told["metric brevity"] == "1"
     assert len(told["code of metric brevity"]) == 12
+    assert versions(run)["mitigate-foo"] == "0.1"
     assert run.digest != compose_run(["benchmark.limit=2"]).digest
 
 
