@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 from mitigate.errors import DataError
@@ -68,16 +68,20 @@ def weights_of_loaded(model: Mapping[str, Any], loaded: LoadedModel) -> str:
 def code_hash(plugin: type) -> str:
     """Return a short hash of the source a class stands on.
 
-    That is the file that defines it, and what that file imports from the shared operations (``mitigate.ops``) or, for a
-    plugin from elsewhere, from its own package. Where there is no file (a notebook), it is the class's own functions.
+    That is the file that defines it, those of the plugins it extends, and what they import from the shared operations
+    (``mitigate.ops``) or, for a plugin from elsewhere, from its own package. Where there is no file (a notebook), it is
+    the class's own functions and those of the notebook that they call.
     """
     try:
-        path = inspect.getsourcefile(plugin)
-        if path is None:
-            return _functions_hash(plugin)
-        own = plugin.__module__.partition(".")[0]
-        shared = _SHARED if own == _SHARED.partition(".")[0] else own
-        files = _sources(Path(path), shared)
+        files: set[Path] = set()
+        for owner in plugin.__mro__[:-1]:
+            if "api" in vars(owner):  # the interface itself; the version of the project tells
+                break
+            path = inspect.getsourcefile(owner)
+            if path is None:
+                return _functions_hash(plugin)
+            own = owner.__module__.partition(".")[0]
+            files |= _sources(Path(path), owner.__module__, _SHARED if own == _SHARED.partition(".")[0] else own)
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
         return digest.hexdigest()[:_SHOWN]
     except (OSError, TypeError):
@@ -87,13 +91,32 @@ def code_hash(plugin: type) -> str:
 def _functions_hash(plugin: type) -> str:
     """Return a short hash of what a class defines itself, from its compiled functions."""
     own = [item for item in sorted(vars(plugin).items()) if item[0] != "__doc__" and "__dataclass_" not in item[0]]
-    parts = [f"{name} {_compiled(value)}" for name, value in own]
+    called = _called([function for _, value in own if isinstance(function := _function(value), FunctionType)])
+    parts = [f"{name} {_compiled(value)}" for name, value in [*own, *sorted(called.items())]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_SHOWN]
+
+
+def _function(value: Any) -> Any:
+    """Return the function inside a class or static method or a property, else the value itself."""
+    return next((found for part in ("__func__", "fget", "func") if (found := getattr(value, part, None))), value)
+
+
+def _called(functions: list[FunctionType]) -> dict[str, FunctionType]:
+    """Return the functions of the same module that some functions call, directly or through one another."""
+    found: dict[str, FunctionType] = {}
+    while functions:
+        function = functions.pop()
+        for name in function.__code__.co_names:
+            other = function.__globals__.get(name)
+            if isinstance(other, FunctionType) and other.__module__ == function.__module__ and name not in found:
+                found[name] = other
+                functions.append(other)
+    return found
 
 
 def _compiled(value: Any) -> str:
     """Write a class attribute or a constant so that the same source gives the same text in every process."""
-    code = getattr(getattr(value, "__func__", value), "__code__", value)
+    code = getattr(_function(value), "__code__", value)
     if isinstance(code, CodeType):
         return " ".join([code.co_code.hex(), *code.co_names, *map(_compiled, code.co_consts)])
     if isinstance(value, frozenset | set):
@@ -101,27 +124,30 @@ def _compiled(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | bool | tuple | list | dict | None) else ""
 
 
-def _sources(path: Path, package: str) -> set[Path]:
+def _sources(path: Path, module: str, package: str) -> set[Path]:
     """Return a source file and the files of a package that it imports, directly or through one another."""
-    found, waiting = {path}, [path]
+    found, waiting = {path}, [(path, module)]
     while waiting:
-        for name in _imported(waiting.pop()):
+        for name in _imported(*waiting.pop()):
             if name == package or name.startswith(f"{package}."):
                 file = _file_of(name)
                 if file is not None and file not in found:
                     found.add(file)
-                    waiting.append(file)
+                    waiting.append((file, name))
     return found
 
 
-def _imported(path: Path) -> Iterator[str]:
+def _imported(path: Path, module: str) -> Iterator[str]:
     """Yield the dotted names a file imports; what follows ``import`` may be a module or a name in one."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield start
+            yield from (f"{start}.{alias.name}" for alias in node.names)
 
 
 def _file_of(module: str) -> Path | None:
