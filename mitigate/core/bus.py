@@ -173,8 +173,8 @@ class HookBus:
 
     def drop(self) -> None:
         """Forget the request without telling the methods."""
-        if self.request is not None and self.request.streams is not None:
-            self.request.streams.release()
+        if self.request is not None:
+            self.request.lineage.release()
         self.request = None
 
     def _lifecycle(self, point: Point) -> None:
@@ -238,6 +238,7 @@ class HookBus:
             edited = ((), inputs)
         if ids.shape[0] != request.layout.rows:
             request.expand(ids.shape[0])
+        request.lineage.follow(ids, past, cache)
         frame = request.advance(past, past + ids.shape[1], ids[:, -1])
         frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
         if not request.began:
@@ -252,7 +253,6 @@ class HookBus:
                 request.forget_inputs()
         if request.streams is not None:
             request.streams.follow(ids, past)
-            request.streams.watch(cache)
         self._lifecycle(Point.STEP_BEGIN)
         return edited
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mitigate.core.frame import Frame
 from mitigate.core.layout import TokenLayout
+from mitigate.core.lineage import Lineage
 from mitigate.core.points import Access, Phase
 from mitigate.core.replay import Replay, replay
 from mitigate.core.state import MethodState, Trace
@@ -76,6 +77,7 @@ class Request:
         self.frame: Frame | None = None
         self.graph_logits: Tensor | None = None
         self.streams: Streams | None = None
+        self.lineage = Lineage(self.samples, self.reorder)
         self._generators: list[torch.Generator] | None = None
         self._inputs: Mapping[str, Any] | None = dict(inputs or {})
         self._original: Mapping[str, Any] | None = self._inputs
@@ -196,6 +198,13 @@ class Request:
             self.totals.repeat(factor)
             for state in self.states.values():
                 state.repeat(factor)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Follow beam search: every row goes on from another one's past, ``[B]``."""
+        for state in self.states.values():
+            state.per_row.take(rows)
+        if self.streams is not None:
+            self.streams.reorder(rows)
 
     def advance(self, start: int, stop: int, last_ids: Tensor | None) -> Frame:
         """Note the next forward over columns ``start..stop-1`` and return its frame."""

@@ -36,17 +36,42 @@ class Trace:
     values: dict[str, Any]
 
 
+class RowMemory(SimpleNamespace):
+    """Tensors ``[B, ...]`` that stay with their request rows: beam search repeats rows and changes their places."""
+
+    def __init__(self, rows: int) -> None:
+        self.__dict__["_rows"] = rows
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, torch.Tensor) or value.shape[:1] != (self._rows,):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"state.per_row.{name} must be a tensor with {self._rows} request rows first, not {got}")
+        self.__dict__[name] = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or the default while the method has not set it."""
+        return self.__dict__.get(name, default)
+
+    def take(self, rows: Tensor) -> None:
+        """Put the given rows in the places of the present ones."""
+        kept = {name: value[rows.to(value.device)] for name, value in vars(self).items() if name != "_rows"}
+        self.__dict__.update(kept, _rows=len(rows))
+
+
 class MethodState(SimpleNamespace):
     """What a method remembers during one request: free attributes, plus counters per request row.
 
-    Attributes are the method's own (``state.history = ...``). A new request starts with a new state. ``tracing`` says
-    whether somebody wants to know what the method does step by step.
+    Attributes are the method's own (``state.history = ...``). A new request starts with a new state. What is kept from
+    step to step for every request row belongs to ``per_row`` (``state.per_row.average = ...``, a `RowMemory`): in a
+    beam search a row's past is not always that of the same place. ``tracing`` says whether somebody wants to know what
+    the method does step by step.
     """
 
     def __init__(self, key: str, rows: int, *, traces: list[Trace] | None = None) -> None:
         super().__init__()
         self.key = key
         self.tracing = traces is not None
+        self.per_row = RowMemory(rows)
         self._traces = traces
         self._rows = rows
         self._counters: dict[str, Tensor] = {}
@@ -113,6 +138,7 @@ class MethodState(SimpleNamespace):
 
     def repeat(self, factor: int) -> None:
         """Follow a repetition of the request rows; a counter's total is shared out among the copies."""
+        self.per_row.take(torch.arange(self._rows).repeat_interleave(factor))
         self._rows *= factor
         self._counters = {name: total.repeat_interleave(factor) / factor for name, total in self._counters.items()}
 

@@ -38,7 +38,6 @@ class Streams:
     def __init__(self, bus: HookBus, main: Request, inputs: Mapping[str, Any]) -> None:
         self._bus, self._main, self._inputs = bus, main, inputs
         self._running: dict[int, Stream] = {}
-        self._watched: Any = None
         #: ``[B, T]`` tokens the main stream was fed after its prompt.
         self.generated = main.ids[:, :0]
 
@@ -50,27 +49,11 @@ class Streams:
         else:
             self.generated = torch.cat([self.generated, fresh], 1)
 
-    def watch(self, cache: Any) -> None:
-        """Hear of rows that beam search permutes in the main cache: branches and what they are fed follow."""
-        if cache is None or cache is self._watched or not hasattr(cache, "reorder_cache"):
-            return
-        self.release()
-        own = cache.reorder_cache
-
-        def reorder(beams: Tensor) -> None:
-            own(beams)
-            self.generated = self.generated[beams]
-            for stream in self._running.values():
-                stream.reorder(beams)
-
-        cache.reorder_cache = reorder
-        self._watched = cache
-
-    def release(self) -> None:
-        """Give the cache its own method back."""
-        if self._watched is not None:
-            del self._watched.reorder_cache
-            self._watched = None
+    def reorder(self, beams: Tensor) -> None:
+        """Follow a permutation of the rows."""
+        self.generated = self.generated[beams]
+        for stream in self._running.values():
+            stream.reorder(beams)
 
     def logits(self, key: str, name: str) -> Tensor:
         """See `Request.branch_logits`."""
