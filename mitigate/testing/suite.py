@@ -15,6 +15,7 @@ from mitigate.errors import ConfigError, HookError, MitigateError, PluginError, 
 from mitigate.registry import suggestion
 from mitigate.testing import (
     checks_api,
+    checks_beams,
     checks_composition,
     checks_conduct,
     checks_config,
@@ -39,6 +40,7 @@ MODULES = (
     checks_conduct,
     checks_effect,
     checks_numerics,
+    checks_beams,
     checks_places,
     checks_cost,
     checks_composition,
@@ -123,10 +125,15 @@ def explain(error: Exception, source: str = "") -> str:
 
 
 def own_error(error: BaseException | None) -> str:
-    """Return the error of a handler that is behind a failure, empty if none is: one mistake fails many checks."""
-    while error is not None and not (isinstance(error, HookError) and error.__cause__ is not None):
+    """Return what is behind a failure, if it is no rule of the check's own: one mistake fails many checks alike."""
+    known = ""
+    while error is not None:
+        if isinstance(error, HookError) and error.__cause__ is not None:
+            return repr(error.__cause__)
+        if isinstance(error, MitigateError):
+            known = str(error)
         error = error.__cause__ or error.__context__
-    return "" if error is None else repr(error.__cause__)
+    return known
 
 
 def catalogue(extra_checks: Iterable[Extra] = ()) -> list[Check]:

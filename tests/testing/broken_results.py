@@ -363,6 +363,13 @@ class Picky(Adding):
         raise UnsupportedModel("needs a model of seven billion parameters")
 
 
+@caught_by("check_beams", r"in a beam search, beam \d of prompt \d gets other scores .* belongs on state\.per_row")
+class RemembersByPlace(Adding):
+    def on_hidden_states(self, event: Any, state: Any) -> Any:
+        state.past = 0.8 * state.get("past", 0.0) + event.hidden[:, -1].detach()
+        return torch.cat([event.hidden[:, :-1], event.hidden[:, -1:] + state.past[:, None]], 1)
+
+
 @caught_by("check_composes", r"before .*: HookError while generating: .*cannot share.*refused when it is built")
 class Unsociable(Adding):
     def on_hidden_states(self, event: Any, state: Any) -> Any:
