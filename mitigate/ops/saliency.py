@@ -24,7 +24,8 @@ def cotangent(logits: Tensor, token: Tensor, *, unit: bool = True) -> Tensor:
     """Gradient of a token's cross-entropy with respect to the logits (Eq. 2-3), or its direction.
 
     It is ``p - e_c = (1 - p_c) (q - e_c)`` with q the softmax over the other tokens: the direction is known exactly
-    even where ``1 - p_c`` underflows. A normalised row does not depend on the length.
+    even where ``1 - p_c`` underflows. A normalised row does not depend on the length. Where c is the only token left (a
+    cut-off put minus infinity everywhere else) q is taken as zero: the direction is ``-e_c``.
 
     Parameters
     ----------
@@ -41,6 +42,7 @@ def cotangent(logits: Tensor, token: Tensor, *, unit: bool = True) -> Tensor:
         ``[B, V]``.
     """
     others = logits.scatter(1, token[:, None], -torch.inf).softmax(-1)
+    others = torch.where((logits.isfinite().sum(-1) > 1)[:, None], others, 0.0)
     direction = others.scatter(1, token[:, None], -1.0)
     if unit:
         length = 1.0 / direction.norm(dim=-1, keepdim=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
+from mitigate.core import Access, Fidelity, Method, Point, Subscription, Tags
 from mitigate.core.attachment import Attachment
 from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError, HookError, StackConflict
@@ -432,6 +435,30 @@ def test_memory_does_not_grow_over_two_hundred_steps():
     assert not any(flags)
     assert len(alive) == 3
     assert max(alive) - min(alive) <= 4
+
+
+def test_it_works_behind_a_cut_off_that_leaves_one_token():
+    @dataclass(frozen=True, kw_only=True)
+    class CutOff(Method):
+        name: ClassVar[str] = "cut_off"
+        summary: ClassVar[str] = "excludes all tokens but the best"
+        fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
+        tags: ClassVar[Tags] = Tags(writes=frozenset({Point.NEXT_TOKEN_LOGITS}))
+
+        def subscriptions(self, model):
+            return [Subscription(point=Point.NEXT_TOKEN_LOGITS, access=Access.WRITE)]
+
+        def on_next_token_logits(self, event, state):
+            best = event.logits.max(-1, keepdim=True).values
+            return event.logits.masked_fill(event.logits < best, -torch.inf)
+
+    model = tiny_llava(seed=0)
+    inputs = make_inputs(model, PROMPTS[:2])
+    expected, _, _ = generate(model, [], inputs)
+    for order in (0, 1):
+        tokens, telemetry, _ = generate(model, [CutOff(), SGRS(**LAYERS)][:: 1 - 2 * order], inputs)
+        assert torch.equal(tokens, expected)
+        assert telemetry[0]["sgrs"]["extra_backwards"] >= 1
 
 
 def test_a_saliency_that_is_no_number_is_an_error():

@@ -155,6 +155,16 @@ def test_a_certain_token_has_a_finite_score_and_the_right_one(dtype, lead):
     assert float(share) == pytest.approx(expected, rel=1e-5 if dtype is torch.float32 else 2e-3)
 
 
+def test_where_a_cut_off_leaves_one_token_the_direction_is_its_own():
+    """Rows: only token 1 is left; two are left; none is excluded."""
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [1.0, 1.0, -torch.inf], [0.0, 0.0, 0.0]])
+    away = cotangent(logits, torch.tensor([1, 1, 1]))
+    expected = torch.tensor([[0.0, -1.0, 0.0], [0.5**0.5, -(0.5**0.5), 0.0], [0.5, -1.0, 0.5]])
+    expected[2] /= 1.5**0.5
+    torch.testing.assert_close(away, expected)
+    assert cotangent(logits, torch.tensor([1, 1, 1]), unit=False)[0].abs().sum() == 0
+
+
 def test_a_leaf_of_ones_gives_attention_times_gradient():
     """The adapter of the authors' demonstrations: multiply A by ones and differentiate with respect to the ones."""
     model = tiny_llava(seed=0)
