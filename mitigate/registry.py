@@ -181,8 +181,11 @@ class Registry(Generic[T]):
         DuplicateName
             If another plugin has the name.
         PluginError
-            If the class is not what its kind demands.
+            If the class is not what its kind demands, or the name cannot be written in a configuration.
         """
+        if not name.isidentifier():
+            raise PluginError(f"{name!r} cannot name a {self.kind}: use letters, digits and _ only")
+        self._check(name, plugin, RUNTIME_DISTRIBUTION)
         other = next(iter(self.claims().get(name, [])), None)
         again = other is not None and (
             other.value == _value(plugin)
@@ -192,7 +195,6 @@ class Registry(Generic[T]):
             raise DuplicateName(
                 f"{self.kind} {name!r} already comes from {other.distribution} ({other.value}); choose another name"
             )
-        self._check(name, plugin, RUNTIME_DISTRIBUTION)
         if other is None or other.distribution == RUNTIME_DISTRIBUTION:
             self._runtime[name] = plugin
         return plugin
@@ -252,6 +254,13 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     Configurations, stacks and commands of this process know the name from then on. The class gets the name if it has
     none; running the cell again replaces the class.
 
+    Raises
+    ------
+    PluginError
+        If the name is none, or the class no method.
+    DuplicateName
+        If another method has the name.
+
     Examples
     --------
     >>> from mitigate import register_method
@@ -259,6 +268,8 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     ... @dataclass(frozen=True, kw_only=True)
     ... class Mine(Method): ...
     """
+    if not isinstance(name, str):  # @register_method without its brackets, too
+        raise PluginError(f"{name!r} cannot name a method: write @register_method('my_method') above @dataclass")
 
     def decorate(plugin: type[Method]) -> type[Method]:
         if isinstance(plugin, type) and not hasattr(plugin, "name"):

@@ -277,11 +277,18 @@ try:
     exec(CELL.replace("mine", "clva").replace("GAIN", "gain").replace("CLASS", "Clva"))
 except mitigate.MitigateError as error:
     print(error)
+BARE = "@dataclass(frozen=True, kw_only=True)"
+for before, after in ((BARE, ""), ('("mine")', ""), ("mine", "my own"), ('"mine"', "3")):
+    try:
+        exec(CELL.replace(before, after).replace("GAIN", "gain").replace("CLASS", "Bare"))
+    except mitigate.MitigateError as error:
+        print(error)
 try:
-    exec(CELL.replace("@dataclass(frozen=True, kw_only=True)", "").replace("GAIN", "gain").replace("CLASS", "Bare"))
+    mitigate.register_method("mine")("no class")
 except mitigate.MitigateError as error:
     print(error)
 print("torch" in sys.modules)
+print("checked", main(["check", "mine", "--json", "--check", "check_name", "--check", "check_class_attributes"]))
 """
 
 
@@ -293,9 +300,14 @@ def test_a_notebook_registers_changes_and_uses_a_method() -> None:
     lines = done.stdout.splitlines()
     assert lines[:4] == ["2.0 mine", "loud", "3.0", "2"]
     assert "strength is float" in done.stderr
-    assert lines[-4:] == [
-        "0 ['mine']",
+    start = lines.index("0 ['mine']")
+    assert lines[start + 1 : start + 8] == [
         "method 'clva' already comes from mitigate (mitigate.methods.clva:CLVA); choose another name",
         "method 'mine' is no dataclass: decorate the class with @dataclass(frozen=True, kw_only=True)",
+        "<class '__main__.Bare'> cannot name a method: write @register_method('my_method') above @dataclass",
+        "'my own' cannot name a method: use letters, digits and _ only",
+        "3 cannot name a method: write @register_method('my_method') above @dataclass",
+        "method 'mine' is not a subclass of mitigate.core.method.Method",
         "False",
     ]
+    assert lines[-1] == "checked 0", done.stdout

@@ -31,7 +31,7 @@ def check_name(subject: Subject) -> None:
         _SNAKE.fullmatch(str(name)) is not None and name != "none",
         f"{name!r} cannot be written in configurations: use lower_snake_case, and not 'none'",
     )
-    stem = plugin.__module__.rpartition(".")[2].lstrip("_")
+    stem = plugin.__module__.rpartition(".")[2].strip("_")  # a notebook is __main__
     ensure(
         stem in (name, "main") or stem.endswith(f"_{name}"),
         f"{name}: its file is called {stem}.py; call it {name}.py, so that a name leads to its file",
@@ -75,7 +75,8 @@ def check_parameters(subject: Subject) -> None:
 @check(once=True)
 def check_class_attributes(subject: Subject) -> None:
     """Annotate what is meant as a parameter, and keep no state on the class."""
-    known = {*dir(Method), *(field.name for field in dataclasses.fields(subject.plugin))}
+    declared = inspect.get_annotations(Method)  # some without a value, such as the name a notebook's class is given
+    known = {*dir(Method), *declared, *(field.name for field in dataclasses.fields(subject.plugin))}
     for attribute, value in vars(subject.plugin).items():
         if attribute.startswith("_") or attribute in known:
             continue
