@@ -24,6 +24,7 @@ from mitigate.testing import (
     checks_import,
     checks_lifecycle,
     checks_numerics,
+    checks_parameters,
     checks_places,
     checks_tags,
 )
@@ -39,6 +40,7 @@ MODULES = (
     checks_lifecycle,
     checks_conduct,
     checks_effect,
+    checks_parameters,
     checks_numerics,
     checks_beams,
     checks_places,
@@ -125,13 +127,13 @@ def explain(error: Exception, source: str = "") -> str:
 
 
 def own_error(error: BaseException | None) -> str:
-    """Return what is behind a failure, if it is no rule of the check's own: one mistake fails many checks alike."""
+    """Return what is behind a failure if it is not a check's own verdict: one mistake fails many checks alike."""
     known = ""
     while error is not None:
         if isinstance(error, HookError) and error.__cause__ is not None:
             return repr(error.__cause__)
-        if isinstance(error, MitigateError):
-            known = str(error)
+        if not isinstance(error, CheckFailure):
+            known = repr(error)
         error = error.__cause__ or error.__context__
     return known
 

@@ -90,6 +90,29 @@ def test_an_error_of_a_handler_is_told_once_with_its_place(capsys: pytest.Captur
     assert flat.count("the error of check_detach") == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (
+            "tags = dataclasses.replace(Gentle.tags, writes=frozenset())",
+            "writes hidden_states but its tags do not say so",
+        ),
+        ("def branches(self):\n        return [1 / 0]", "ZeroDivisionError: division by zero (mine.py:"),
+    ],
+    ids=["contradiction", "crash"],
+)
+def test_a_method_no_stack_takes_is_told_once(
+    capsys: pytest.CaptureFixture[str], here: Path, code: str, told: str
+) -> None:
+    (here / "mine.py").write_text(f"import dataclasses\n{CLASS}\n    {code}\n")
+    _, out, _ = outcome(
+        capsys, "mine:Mine", *(f"--check={name}" for name in ("check_detach", "check_batch", "check_cache"))
+    )
+    flat = " ".join(out.replace("│", " ").split())
+    assert flat.count(told) == 1
+    assert flat.count("the error of check_detach") == 2
+
+
 def test_json_has_every_run(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     code, out, err = outcome(capsys, "locore", "mine:Mine", "--json", *API)
     assert (code, err) == (1, "")
