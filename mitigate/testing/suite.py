@@ -24,7 +24,6 @@ from mitigate.testing import (
     checks_import,
     checks_lifecycle,
     checks_numerics,
-    checks_parameters,
     checks_places,
     checks_tags,
 )
@@ -40,7 +39,6 @@ MODULES = (
     checks_lifecycle,
     checks_conduct,
     checks_effect,
-    checks_parameters,
     checks_numerics,
     checks_beams,
     checks_places,
