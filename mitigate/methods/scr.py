@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from mitigate.core import (
     Access,
@@ -147,7 +147,7 @@ class SCR(Method):
     neighbourhood: str = "8"
     ownership: str = "topk_then_exclude"
     injection: str = "neighbour_copy"
-    tile_mode: str = "pooled"
+    tile_mode: Annotated[str, "not seen on tiny models"] = "pooled"
     multi_image: str = "independent"
     cache_per_image: bool = False
     truncate_pass1: bool = True

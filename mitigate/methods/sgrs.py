@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from mitigate.core import (
     Access,
@@ -176,7 +176,7 @@ class SGRS(Method):
     history_on_fallback: str = "append"
     on_skip: str = "base"
     skip_above: float = 1.0
-    exempt: str = "none"
+    exempt: Annotated[str, "not seen on tiny models"] = "none"
     gate_on: str = "all"
     gradient: str = "exact"
     query_row: str = "predictor"
@@ -392,9 +392,9 @@ class SGRS(Method):
     def test_params(cls) -> list[dict[str, Any]]:
         """Return strict thresholds in both orders, the direct path and the control."""
         return [
-            {"layers": "all", "proposal": "greedy_order", "history_init": "prompt_tail", "top_k": 3, "window": 3},
-            {"reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "history_on_fallback": "skip"},
-            {"alpha": 1.1, "gradient": "direct", "fallback": "argmax_logp_plus_eta_log_s", "eta": 0.5, "exempt": "eos"},
-            {"query_row": "candidate_legacy", "temperature": 1.5, "skip_above": 0.9, "on_skip": "proposal"},
-            {"include_diagonal": False, "max_resample": 2, "gate_on": "content", "window_rule": "w_plus_1"},
+            {"alpha": 9.0, "layers": "all", "proposal": "greedy_order", "history_init": "prompt_tail", "window": 3},
+            {"alpha": 2.0, "reduce": "window_sum", "norm": "row_l1", "history_start": "generated", "max_resample": 2},
+            {"alpha": 3.0, "gradient": "direct", "fallback": "argmax_logp_plus_eta_log_s", "eta": 0.1, "exempt": "eos"},
+            {"query_row": "candidate_legacy", "temperature": 1.5, "skip_above": 0.3, "on_skip": "proposal", "top_k": 3},
+            {"include_diagonal": False, "gate_on": "content", "window_rule": "w_plus_1", "history_on_fallback": "skip"},
         ]

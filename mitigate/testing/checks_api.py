@@ -13,9 +13,11 @@ from typing import Any
 
 from mitigate.compose.schemas import annotations_of, defaults_of, parameters_of, plain, schema_of, type_name
 from mitigate.core.method import Fidelity, Method, Paper
-from mitigate.errors import MitigateError, PluginError
+from mitigate.core.plan import bind
+from mitigate.errors import ConfigError, MitigateError, PluginError, UnsupportedModel
 from mitigate.registry import methods, suggestion
 from mitigate.testing.base import Subject, check, ensure, fail
+from mitigate.testing.subjects import geometries, quietly
 
 _SNAKE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _PLAIN = "int, float, bool, str, an Enum, a Literal of strings, a tuple of one of these, or any of them | None"
@@ -154,15 +156,32 @@ def check_presets(subject: Subject) -> None:
     )
     for preset in plugin.presets:
         try:
-            plugin.preset(preset)
+            method = plugin.preset(preset)
         except (MitigateError, TypeError, ValueError) as error:
             fail(f"{name}: preset {preset!r} cannot be built: {error}")
+        refusal = _refused_everywhere(method)
+        ensure(not refusal, f"{name}: preset {preset!r} serves no model, not even one of 32 layers: {refusal}")
     for preset, word in plugin.preset_fidelity.items():
         ensure(
             preset in plugin.presets,
             f"{name}.preset_fidelity: {preset!r} is no preset{suggestion(preset, plugin.presets)}",
         )
         ensure(isinstance(word, Fidelity), f"{name}.preset_fidelity: {preset!r} must be a Fidelity, not {word!r}")
+
+
+def _refused_everywhere(method: Method) -> str:
+    """Return why a method cannot be planned for any geometry; empty if it can for one."""
+    refusal = ""
+    for facts in geometries():
+        try:
+            quietly(bind, {method.name: method}, facts)
+        except (ConfigError, UnsupportedModel) as error:
+            refusal = str(error)
+        except Exception:  # other checks say what is wrong with that
+            return ""
+        else:
+            return ""
+    return refusal
 
 
 @check(once=True)

@@ -42,21 +42,24 @@ def _searched(method: Method, tiny: TinyModel, prompts: Sequence[Prompt]) -> lis
     """Return for every beam before the last step its tokens so far, and the scores of the next one ``[V]``."""
     inputs = tiny.inputs(prompts)
     seen: list[tuple[Tensor, Tensor]] = []
+    drawn = False
 
     def watch(ids: Tensor, scores: Tensor) -> Tensor:
         seen.append((ids[:, inputs["input_ids"].shape[1] :], scores))
         return scores
 
     def around(item: BoundSubscription, event: Event, call: Callable[[], Any]) -> Any:
+        nonlocal drawn
         value = call()
-        if method.tags.stochastic and event.request.has_drawn:
-            raise Skip("draws random numbers, which stay with the place of a row")
+        drawn = drawn or event.request.has_drawn
         return value
 
     try:
         _generate(method, tiny, inputs, watch, num_beams=_BEAMS, around=around)
     except ConfigError as refusal:
         raise Skip(f"refuses beams: {refusal}") from refusal
+    if drawn and method.tags.stochastic:
+        raise Skip("draws random numbers, which stay with the place of a row")
     return list(zip(*seen[-1], strict=True))
 
 

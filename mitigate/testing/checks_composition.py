@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
 
-import torch
-
 from mitigate.compose.facts import facts_of
 from mitigate.compose.session import session
 from mitigate.core import (
@@ -123,13 +121,7 @@ class Probe(Method):
         ]
 
     def _look(self, event: Event, state: MethodState) -> None:
-        """See that every value is a number."""
-        broken = [
-            name
-            for name, value in vars(event).items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
-        ]
-        state.broken = [*state.get("broken", []), *broken]
+        """Do nothing: that it is called brings every value and every row."""
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("on_"):

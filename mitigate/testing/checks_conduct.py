@@ -49,8 +49,11 @@ def check_no_state_leak(subject: Subject) -> None:
     alone = generate([method], tiny, inputs)
     with quiet(), Stack([method]).attach(tiny.model, tiny.processor) as handle:
         for (other, given), own in zip(others, expected, strict=True):
-            _ensure_alike(subject, own, generate_with(handle, tiny, given), "after others")
-            _ensure_alike(subject, alone, generate_with(handle, tiny, inputs), f"after the sample {other}")
+            pair = generate_with(handle, tiny, given), generate_with(handle, tiny, inputs)
+            _ensure_alike(subject, own, pair[0], "after others")
+            _ensure_alike(subject, alone, pair[1], f"after the sample {other}")
+            if other.pictures != SINGLE[0].pictures:  # what is kept of one picture is not another's
+                _ensure_counts(subject, alone, pair[1], other)
     with contextlib.suppress(*REFUSALS):  # the defaults need not serve this model
         generate([type(method)()], tiny, others[0][1])
     _ensure_alike(subject, alone, generate([method], tiny, inputs), "after another instance of the class ran")
@@ -68,6 +71,16 @@ def _ensure_alike(subject: Subject, alone: Outcome, again: Outcome, when: str) -
         not place,
         f"{subject.name} gives a sample another result {when} than alone: {place}. Keep what belongs to a request on "
         f"`state`; a key of request.shared must name everything its value depends on",
+    )
+
+
+def _ensure_counts(subject: Subject, alone: Outcome, again: Outcome, other: Prompt) -> None:
+    mine, now = (outcome.telemetry[0][subject.name] for outcome in (alone, again))
+    wrong = [key for key in mine if key != "seconds" and not key.startswith("extra_") and mine[key] != now.get(key)]
+    ensure(
+        not wrong,
+        f"{subject.name} counts {', '.join(wrong[:3])} otherwise after the sample {other} than alone: a key of "
+        f"request.shared must name everything its value depends on, such as request.image_key(image)",
     )
 
 

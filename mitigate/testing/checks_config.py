@@ -78,6 +78,11 @@ def check_bad_options(subject: Subject) -> None:
         raise Skip("no parameter is a string with a fixed meaning")
 
 
+def free_texts(plugin: type[Method]) -> set[str]:
+    """Return the parameters that take any text, and mappings."""
+    return {parameter for parameter, kinds in _kinds(plugin).items() if not kinds}
+
+
 def _kinds(plugin: type[Method]) -> dict[str, set[Any]]:
     """Return parameter -> the plain types its values are made of; free text and mappings are left out."""
     hints = typing.get_type_hints(plugin, include_extras=True)

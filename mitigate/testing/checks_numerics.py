@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,11 +45,12 @@ def check_batch(subject: Subject) -> None:
     names = [f"sample {index}" for index in range(len(PROMPTS))]
     if not method.tags.batch:
         return _refuses_batches(subject, tiny)
+    given = list(zip(PROMPTS, names, strict=True))
+    first = generate([method], tiny, tiny.inputs(PROMPTS[:1]), seed=3, sample_ids=names[:1])
+    ends = [int(first.tokens[0, 1])]  # the first sample ends early, the others go on
     singles = [
-        generate([method], tiny, tiny.inputs([prompt]), seed=3, sample_ids=[name])
-        for prompt, name in zip(PROMPTS, names, strict=True)
+        generate([method], tiny, tiny.inputs([prompt]), seed=3, sample_ids=[name], ends=ends) for prompt, name in given
     ]
-    ends = [int(singles[0].tokens[0, 1])]  # the first sample ends early, the others go on
     batch = generate([method], tiny, tiny.inputs(PROMPTS), seed=3, sample_ids=names, ends=ends)
     for row, alone in enumerate(singles):
         place = apart(_until(alone, ends), _until(batch.row(row), ends), TOLERANCE)
@@ -57,6 +59,15 @@ def check_batch(subject: Subject) -> None:
             f"{subject.name}: prompt {row} ({PROMPTS[row].text!r}) gets another result in a left-padded batch than "
             f"alone, {place}: {_LAYOUT}; or set tags.batch=False",
         )
+        mine, other = (outcome.telemetry[0][subject.name] for outcome in (alone, batch.row(row)))
+        own = [key for key in {**mine, **other} if key != "seconds" and not key.startswith("extra_")]
+        for key in own:  # samples of a batch share the passes
+            here, there = mine.get(key, 0.0), other.get(key, 0.0)
+            ensure(
+                math.isclose(here, there, rel_tol=TOLERANCE, abs_tol=TOLERANCE),
+                f"{subject.name} counts {key}={there:g} for prompt {row} ({PROMPTS[row].text!r}) in a batch, {here:g} "
+                f"alone: count per sample, and only where event.row_mask or ~event.request.finished says so",
+            )
     return None
 
 

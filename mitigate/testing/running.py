@@ -286,6 +286,7 @@ def apart(one: Outcome, other: Outcome, tolerance: float = 0.0) -> str:
         near = torch.isclose(one.logits[:, step], other.logits[:, step], rtol=tolerance, atol=tolerance, equal_nan=True)
         for row in range(one.tokens.shape[0]):
             if not bool(near[row].all()) or one.tokens[row, step] != other.tokens[row, step]:
-                worst = float((one.logits[row, step].double() - other.logits[row, step].double()).abs().max())
+                ours, theirs = one.logits[row, step].double(), other.logits[row, step].double()
+                worst = float(torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max())  # not -inf - -inf
                 return f"sample {row}, token {step} (logits differ by up to {worst:.2g})"
     return ""
