@@ -41,12 +41,23 @@ class Brevity(Scorer):
         return {"brevity/all": 1.0, "brevity/short": float(len(record.text.split()) <= 5)}
 '''
 DONE: dict[str, Any] = {"tokens": 1, "finished": True}
-POINTS = {"metrics": {"brevity": "{}.metric:Brevity"}}
+BENCHMARK = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mitigate.benchmarks.testbed import Testbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Testbed):
+    name: ClassVar[str] = "bench"
+"""
+POINTS = {"metrics": {"brevity": "{}.metric:Brevity"}, "benchmarks": {"bench": "{}.bench:Bench"}}
 
 
 @pytest.fixture
 def brevity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    install(tmp_path, "mitigate-foo", {"metric.py": METRIC}, POINTS)
+    install(tmp_path, "mitigate-foo", {"metric.py": METRIC, "bench.py": BENCHMARK}, POINTS)
     with visible(monkeypatch, tmp_path):
         yield tmp_path
 
@@ -73,7 +84,8 @@ def test_a_run_adds_a_metric_of_another_package() -> None:
     told = plugin_versions(run)
     assert told["metric brevity"] == "1"
     assert len(told["code of metric brevity"]) == 12
-    assert versions(run)["mitigate-foo"] == "0.1"
+    for item in (run, compose_run(["benchmark=bench", "benchmark.limit=2"])):
+        assert versions(item)["mitigate-foo"] == "0.1"
     assert run.digest != compose_run(["benchmark.limit=2"]).digest
 
 

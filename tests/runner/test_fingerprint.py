@@ -14,7 +14,8 @@ FILES = {
     "__init__.py": "",
     "plugin.py": "from fingerprinted import helper\nfrom .numbers import TWO\nfrom fingerprinted_base import Base\n"
     "class Plugin(Base): ...\n",
-    "../fingerprinted_base.py": "class Base: ...\n",
+    "../fingerprinted_base.py": "from fingerprinted_interface import Interface\n\n\nclass Base(Interface): ...\n",
+    "../fingerprinted_interface.py": "class Interface:\n    api = 1\n",
     "helper.py": "import math\nimport fingerprinted.deeper\n",
     "deeper.py": "ONE = 1\n",
     "numbers.py": "from . import more\n\nTWO = 2\n",
@@ -40,7 +41,7 @@ def test_the_hash_covers_what_the_plugins_file_imports(package, changed):
     plugin = importlib.import_module("fingerprinted.plugin").Plugin
     before = code_hash(plugin)
     (package / changed).write_text(FILES[changed] + "# changed\n")
-    assert (code_hash(plugin) != before) is (changed != "unrelated.py")
+    assert (code_hash(plugin) != before) is (changed not in ("unrelated.py", "../fingerprinted_interface.py"))
 
 
 CELL = """
