@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from mitigate.core import (
 )
 from mitigate.core.plan import SERVED, bind, plan_stack
 from mitigate.core.points import LAYER_POINTS
+from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError
 from mitigate.registry import BUILTIN_DISTRIBUTION, methods
 from mitigate.testing.base import Skip, Subject, check, ensure, fail
@@ -33,6 +35,8 @@ from mitigate.testing.running import (
     TOLERANCE,
     apart,
     generate,
+    generate_with,
+    prompts_for,
     quiet,
     stage,
     usable,
@@ -92,6 +96,53 @@ def _ensure_served(subject: Subject) -> None:
         f"{subject.name} refuses every tiny model ({reasons[0] if reasons else 'there is none'}), so nothing can be "
         f"checked: give test_params() that fit a decoder of four layers"
     )
+
+
+def needs_grid(method: Method) -> str | None:
+    """Say why a method is on no model whose image tokens form no grid."""
+    return "tags.spatial_grid: such a model is refused beforehand" if method.tags.spatial_grid else None
+
+
+class _WithoutGrid:
+    """An adapter whose images have no rows and columns, as where a few learned tokens sum up a picture."""
+
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def facts(self, model: Any) -> ModelFacts:
+        facts: ModelFacts = self._adapter.facts(model)
+        return dataclasses.replace(facts, spatial_grid=False)
+
+    def layout(self, *args: Any) -> Any:
+        layout = self._adapter.layout(*args)
+        images = tuple(tuple(dataclasses.replace(span, grid=None) for span in spans) for spans in layout.images)
+        return dataclasses.replace(layout, images=images)
+
+
+@check(needs_model=True, applies=needs_grid)
+def check_without_grid(subject: Subject) -> None:
+    """Work where image tokens form no grid, or refuse such a model beforehand."""
+    tiny, method = stage(subject), subject.method
+    plain: Any = _WithoutGrid(tiny.adapter)
+    try:
+        with quiet():
+            method.check_model("tiny", plain.facts(tiny.model))
+            bind({subject.name: method}, plain.facts(tiny.model))
+    except REFUSALS as refusal:
+        raise Skip(f"refuses such a model: {refusal}") from refusal
+    try:
+        with quiet(), Stack([method]).attach(tiny.model, tiny.processor) as handle:
+            if handle.bus is not None:
+                handle.bus.adapter = plain
+            generate_with(handle, tiny, tiny.inputs(prompts_for(method)))
+    except Exception as error:
+        fail(
+            f"{subject.name} cannot work where image tokens form no grid (ImageSpan.grid is None): "
+            f"{type(error).__name__}: {error}. Set tags.spatial_grid, so that such models are refused beforehand"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- compositions

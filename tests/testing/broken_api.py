@@ -194,6 +194,15 @@ class MisspeltPreset(Gentle):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "loud": {"gian": 4.0}}
 
 
+@caught_by("check_presets", r"preset 'deep' serves no model, not even one of 32 layers: .*wants layer 39")
+class PresetForNobody(Gentle):
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "deep": {"note": "layer 39"}}
+
+    def subscriptions(self, model: ModelFacts) -> Sequence[Subscription]:
+        layers = (39,) if self.note else (model.layers - 1,)
+        return [Subscription(point=_HIDDEN, access=Access.WRITE, layers=layers)]
+
+
 @caught_by("check_presets", r"gentle\.preset_fidelity: 'lout' is no preset; did you mean 'loud'\?")
 class FidelityOfNoPreset(Gentle):
     preset_fidelity: ClassVar[dict[str, Fidelity]] = {"lout": Fidelity.PAPER}

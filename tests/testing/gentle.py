@@ -18,11 +18,12 @@ from mitigate.core import (
     Subscription,
     Tags,
 )
+from mitigate.lazy import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gentle(Method):
-    """Adds a constant to the output of the last block.
+    """Adds a constant to one half of the output of the last block.
 
     Paper: arXiv 0000.00000, which is made up.
 
@@ -74,7 +75,11 @@ class Gentle(Method):
         return [Subscription(point=Point.HIDDEN_STATES, access=Access.WRITE, layers=(layer,))]
 
     def on_hidden_states(self, event: HiddenStates, state: MethodState) -> Any:
-        return None if self.gain == 1.0 else event.hidden + (self.gain - 1.0)
+        if self.gain == 1.0:
+            return None
+        shift = (min(self.gain, self.limit or self.gain) - 1.0) * sum(self.weights)
+        left, right = event.hidden.chunk(2, -1)
+        return torch.cat([left + shift, right] if self.side == "left" else [left, right + shift], -1)
 
     @classmethod
     def identity(cls) -> Self:
@@ -83,6 +88,6 @@ class Gentle(Method):
     @classmethod
     def test_params(cls) -> list[dict[str, Any]]:
         return [
-            {"gain": 2.0, "offset": 1, "note": "1e3", "limit": 5.0},
+            {"gain": 2.0, "offset": 1, "note": "1e3", "limit": 1.5},
             {"gain": 0.5, "side": "right", "weights": (0.5,)},
         ]

@@ -11,9 +11,10 @@ from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mitigate.testing.base import CHECKS, CheckFailure, Subject
+from mitigate.testing.running import Outcome, apart
 from mitigate.testing.suite import catalogue, check_method
 from mitigate.testing.tiny import tiny_model
-from tests.testing import broken_lifecycle
+from tests.testing import broken_declarations, broken_lifecycle
 from tests.testing import broken_results as _broken_results  # noqa: F401 - importing it fills the list
 from tests.testing.catching import BROKEN, Broken
 from tests.testing.gentle import Gentle
@@ -53,3 +54,16 @@ def test_a_method_that_keeps_the_rules_passes() -> None:
 
 def test_every_check_on_a_model_has_a_method_it_catches() -> None:
     assert {broken.check for broken in BROKEN} == set(ON_MODELS)
+
+
+def test_tokens_may_be_excluded() -> None:
+    only = ["check_dtypes", "check_composes", "check_batch", "check_is_observed"]
+    rows = check_method(broken_declarations.Excluding(), only=only, on_fail=None)
+    assert [(row.check, row.message) for row in rows if row.status != "passed"] == []
+
+
+def test_logits_that_exclude_the_same_tokens_differ_by_numbers() -> None:
+    one, other = (torch.tensor([[[value, -torch.inf, -torch.inf]]]) for value in (1.0, 3.0))
+    outcomes = [Outcome(torch.zeros(1, 1), logits, [], []) for logits in (one, other)]
+    assert apart(outcomes[0], outcomes[0]) == ""
+    assert apart(*outcomes) == "sample 0, token 0 (logits differ by up to 2)"

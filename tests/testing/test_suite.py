@@ -62,7 +62,7 @@ def test_an_instance_is_checked_as_it_is_and_a_class_with_all_its_parameter_sets
     rows = run(Gentle, check_gain_is_small)
     assert [row.params for row in rows] == [
         "",
-        "gain=2.0, offset=1, note=1e3, limit=5.0",
+        "gain=2.0, offset=1, note=1e3, limit=1.5",
         "gain=0.5, side=right, weights=(0.5,)",
     ]
     assert [row.status for row in rows] == ["passed", "failed", "passed"]
@@ -218,7 +218,7 @@ def test_ids_are_readable_and_every_instance_has_its_own() -> None:
     ids = list(parametrized(Gentle)) + list(parametrized(AcceptsNaN(gain=0.75)))
     assert [each for each in ids if "check_bad_numbers" in each] == [
         "gentle-check_bad_numbers",
-        "gentle[gain=2.0,offset=1,note=1e3,limit=5.0]-check_bad_numbers",
+        "gentle[gain=2.0,offset=1,note=1e3,limit=1.5]-check_bad_numbers",
         "gentle[gain=0.5,side=right,weights=(0.5,)]-check_bad_numbers",
         "gentle[gain=0.75]-check_bad_numbers",
     ]
