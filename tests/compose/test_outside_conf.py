@@ -237,6 +237,8 @@ def test_an_unreadable_package_of_files_is_named_when_one_of_its_options_is_miss
     assert compose_run(["methods=[foo]"]).config["methods"]["foo"]["gain"] == 1.0
     with pytest.raises(UnknownName, match=r"(?s)stack=mitigate_foo_strong is unknown.*mitigate-foo cannot be imported"):
         compose_run(["stack=mitigate_foo_strong"])
+    with session() as hydra:
+        assert "mitigate:mitigate-foo" not in {place.provider for place in hydra.search_path()}
 
 
 @pytest.mark.usefixtures("foo")
