@@ -148,18 +148,3 @@ def test_plugins_whose_description_fails_do_not_stop_the_list(site: Path) -> Non
     rows = {row["name"]: row for row in json.loads(listed.stdout)}
     assert "cannot be described" in rows["foo"]["broken"]
     assert rows["scr"]["paper"]
-
-
-def test_records_of_a_method_that_is_gone_stay_readable(site: Path) -> None:
-    """The command that made them is refused with one line; what it wrote can be read without the package."""
-    command = ["run", "methods=[foo]", "benchmark.limit=1", "benchmark.tasks=[pope]", "tracker=none", "name=old"]
-    assert mitigate(site, *command).returncode == 0
-    gone = mitigate(site, *command, plugins="none")
-    assert gone.returncode == 2
-    assert "unknown method 'foo' (mitigate-foo brings it, but MITIGATE_PLUGINS leaves that package out)" in gone.stderr
-    assert "Traceback" not in gone.stderr
-    from mitigate.records import RunRecord, read_samples
-
-    record = RunRecord.read(site / "runs" / "old")
-    assert record.config["methods"]["foo"]["gain"] == 1.0
-    assert len(read_samples(site / "runs" / "old")) == record.samples
