@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -91,7 +91,8 @@ class Session:
         """Return the places Hydra looks for configuration files, in its order."""
         places = []
         for source in self._loader.repository.get_sources():
-            folder = str(resources.files(source.path)) if source.scheme() == "pkg" else ""
+            package = source.scheme() == "pkg"
+            folder = ", ".join(import_module(source.path).__path__) if package else ""
             places.append(Place(source.provider, f"{source.scheme()}://{source.path}", folder))
         return places
 
