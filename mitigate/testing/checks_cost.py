@@ -115,19 +115,19 @@ def check_cost_is_paid(subject: Subject) -> None:
 
 @check(needs_model=True, once=True)
 def check_draws(subject: Subject) -> None:
-    """Declare random draws only if some parameter set makes any."""
+    """Declare random draws only if the seed matters in some parameter set."""
     tiny = stage(subject)
     if not subject.method.tags.stochastic:
         raise Skip("declares no random draws: check_deterministic sees that it makes none")
     for method in instances(subject.plugin):
         with suppress(Skip):
             stage(Subject(method, subject.tiny))
-            _, calls = record([method], tiny, tiny.inputs(SINGLE), steps=_LENGTHS[0])
-            if any(call.event.request.has_drawn for call in calls):
+            one, other = (generate([method], tiny, tiny.inputs(SINGLE), seed=seed, trace=True) for seed in (5, 6))
+            if apart(one, other) or repr(one.traces) != repr(other.traces):
                 return
     fail(
-        f"{subject.name}: tags.stochastic is True, but no parameter set of test_params() draws from "
-        f"request.generators: take the tag away, or add a set that draws"
+        f"{subject.name}: tags.stochastic is True, but no parameter set of test_params() gives another result with "
+        f"another seed: take the tag away, add a set that draws, and draw from request.generators only"
     )
 
 

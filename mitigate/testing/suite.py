@@ -24,6 +24,7 @@ from mitigate.testing import (
     checks_import,
     checks_lifecycle,
     checks_numerics,
+    checks_parameters,
     checks_places,
     checks_tags,
 )
@@ -39,6 +40,7 @@ MODULES = (
     checks_lifecycle,
     checks_conduct,
     checks_effect,
+    checks_parameters,
     checks_numerics,
     checks_beams,
     checks_places,

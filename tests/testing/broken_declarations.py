@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from mitigate.core import Access, Fidelity, Method, Point, Subscription, Tags
+from mitigate.methods.control_random import ControlRandom
 from mitigate.methods.locore import LocoRE
 from mitigate.methods.scr import SCR
 from tests.testing.broken_results import Adding
@@ -54,6 +55,15 @@ class CountsAnotherPicture(Adding):
     def on_hidden_states(self, event: Any, state: Any) -> Any:
         state.count("brightness", event.request.shared("first image", lambda: float(event.hidden.mean())))
         return super().on_hidden_states(event, state)
+
+
+@caught_by("check_draws", r"no parameter set .* gives another result with another seed", beta=0.5)
+class SeedsItself(ControlRandom):
+    """Asks for the request's generators and draws from its own."""
+
+    def on_sample_begin(self, event: Any, state: Any) -> None:
+        super().on_sample_begin(event, state)
+        state.seed = torch.full_like(state.seed, 7)
 
 
 # -------------------------------------------------------------------------------------------------------- no way to act
