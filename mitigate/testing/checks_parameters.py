@@ -39,7 +39,7 @@ def check_parameters_matter(subject: Subject) -> None:
     words = ", ".join(sorted(idle - unseen))
     ensure(
         not words,
-        f"{subject.name}: changing {words} in any set of test_params() changes nothing: not the plan, the results, the "
+        f"{subject.name}: changing {words} in any set of test_params() changes nothing: not the results, the "
         f"counters or the traces. Use the parameter, add a set in which it matters, or, if no tiny model can show it, "
         f'annotate it Annotated[..., "{UNSEEN}"]',
     )

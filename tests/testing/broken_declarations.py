@@ -19,7 +19,7 @@ from tests.testing.catching import caught_by
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
-@caught_by("check_parameters_matter", r"changing window in any set of test_params\(\) changes nothing: not the plan")
+@caught_by("check_parameters_matter", r"changing window in any set of test_params\(\) changes nothing: not the results")
 class IgnoresItsWindow(LocoRE):
     def _window(self, event: Any, matrix: Any) -> Any:
         return LocoRE._window(LocoRE(include_self=self.include_self, history_start=self.history_start), event, matrix)
