@@ -36,7 +36,8 @@ class LayerPoints:
             undo.callback(projector.register_forward_hook(self._after_projector).remove)
         if bus.subscriptions(Point.VISION):
             for index, block in enumerate(bus.adapter.vision_layers(model)):
-                undo.callback(block.register_forward_hook(self._after_vision(index)).remove)
+                # before transformers' own hooks, through which the features leave the tower
+                undo.callback(block.register_forward_hook(self._after_vision(index), prepend=True).remove)
         for index, layer in enumerate(bus.adapter.decoder_layers(model)):
             if bus.subscriptions(Point.HEAD_OUTPUT, index):
                 projection = bus.adapter.output_projection(layer)

@@ -13,7 +13,7 @@ from mitigate.core import Access, Branch, Fidelity, Method, Phase, Point, Subscr
 from mitigate.core.stack import Stack
 from mitigate.errors import HookError, PluginError, UnsupportedModel
 from tests.references import runs
-from tests.references.tiny import PAD, full_forward, make_inputs, split_rows
+from tests.references.tiny import PAD, full_forward, make_inputs, split_rows, tiny_llava
 
 PROMPTS = [(3, 1, 6), (2, 2, 3)]
 LAYER = 2
@@ -136,17 +136,14 @@ def test_vision_blocks(model, chosen, branch):
     probe = Probe(point=Point.VISION, function=lambda event: event.hidden * 1.5, layers=chosen, branch=branch)
     out, telemetry = generate(model, [probe], inputs)
     blocks = model.model.vision_tower.encoder.layers
-    undo = [
-        layer.register_forward_hook(lambda _, __, output: output * 1.5)
-        for index, layer in enumerate(blocks)
-        if index in chosen or not chosen
-    ]
-    try:
-        expected = logits_of(generate(model, [], inputs, 3)[0])
-    finally:
-        for hook in undo:
-            hook.remove()
+    fresh = tiny_llava(seed=0)  # before its own capture hooks are there, which plain hooks would come after
+    fresh.load_state_dict(model.state_dict())
+    for index, layer in enumerate(fresh.model.vision_tower.encoder.layers):
+        if index in chosen or not chosen:
+            layer.register_forward_hook(lambda _, __, output: output * 1.5)
+    expected = logits_of(generate(fresh, [], inputs, 3)[0])
     torch.testing.assert_close(logits_of(out), expected, rtol=0, atol=2e-5)
+    assert (logits_of(out) - logits_of(generate(model, [], inputs, 3)[0])).abs().max() > 0.01
     assert [event.layer for event in probe.seen] == list(chosen or range(len(blocks)))
     assert probe.seen[0].hidden.shape[:2] == (3, 37)  # three images, 6 x 6 patches and the class token
     assert telemetry[1]["probe"]["images_edited"] == 2 * len(chosen or blocks)
