@@ -111,7 +111,7 @@ def test_the_layout_is_described_completely() -> None:
     offered = {name for name in dir(TokenLayout) if not name.startswith("_")}
     offered |= {field.name for field in dataclasses.fields(TokenLayout)}
     assert named <= offered
-    assert offered - named == {"rows", "length", "prompt_roles", "grown", "repeated"}, "what the bus alone needs"
+    assert offered - named == {"rows", "prompt_roles", "grown", "repeated"}, "what the bus alone needs"
 
 
 def test_the_design_names_every_part() -> None:

@@ -299,7 +299,7 @@ class UncountedGradients(SGRS):
         state.count("steps", 1.0)
 
 
-@caught_by("check_cost_is_paid", r"its tags declare extra forwards, but no parameter set .* makes any")
+@caught_by("check_cost_is_paid", r"declare 6 extra forwards for 6 tokens, but the dearest parameter set .* makes 0")
 class Overpriced(LocoRE):
     tags: ClassVar[Tags] = dataclasses.replace(LocoRE.tags, forwards_per_token=1.0)
 
