@@ -90,7 +90,7 @@ def _until(outcome: Outcome, ends: list[int]) -> Outcome:
 def check_padding(subject: Subject) -> None:
     """Give a prompt the same result however much padding stands before it."""
     tiny, method = stage(subject), subject.method
-    for prompt in PROMPTS[:2]:  # with and without a picture
+    for prompt in (*PROMPTS[:2], PROMPTS[-1]):  # with and without a picture, and with next to nothing after it
         inputs = tiny.inputs([prompt])
         expected = generate([method], tiny, inputs)
         for columns in _PADDING:

@@ -45,12 +45,12 @@ class Prompt:
     pictures: tuple[int, ...] = ()
 
 
-#: One picture, none, two, and a short question: a batch of them is padded.
+#: One picture, none, two, and a question shorter than most windows: a batch of them is padded.
 PROMPTS = (
     Prompt("describe this image in detail please", (1,)),
     Prompt("what is in the street and on the table near the tree"),
     Prompt("are there two red cars", (2, 3)),
-    Prompt("is there a dog", (4,)),
+    Prompt("dog ?", (4,)),
 )
 
 

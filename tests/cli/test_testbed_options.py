@@ -108,7 +108,7 @@ WIDE = ("width=100", "width=100 must be a multiple of 16")
 @pytest.mark.parametrize(
     ("action", "argument", "message"),
     [
-        ("evaluate", "split=tset", "split=tset must be one of train, validation, test"),
+        ("evaluate", "split=tset", "split=tset is none of train, validation, test"),
         ("evaluate", "batch_size=0", "batch_size=0 must be at least 1"),
         ("evaluate", "checkpoint=nowhere", "checkpoint=nowhere has no config.json; name a folder"),
         ("evaluate", "checkpoint=text", "checkpoint=text holds a llama model"),

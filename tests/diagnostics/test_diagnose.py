@@ -21,6 +21,7 @@ from mitigate.diagnostics.entropy import Entropy
 from mitigate.diagnostics.tracking import expanded, flat_numbers, track
 from mitigate.errors import DataError
 from mitigate.registry import methods
+from mitigate.trackers.base import Tracker
 from tests.diagnostics.worlds import row, sample
 
 SMALL = ("benchmark.limit=3", "trainer=cpu", "decoding.max_new_tokens=24", "diagnostic.resamples=100")
@@ -358,9 +359,8 @@ def test_a_sample_recorded_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failing_tracker_is_reported_not_raised(tmp_path: Path) -> None:
-    class Broken:
+    class Broken(Tracker):
         name = "broken"
-        config: ClassVar[dict[str, Any]] = {}
 
         def start(self, run: Any) -> None:
             raise RuntimeError("no space")
@@ -376,7 +376,7 @@ def test_a_failing_tracker_is_reported_not_raised(tmp_path: Path) -> None:
         "created_at": "now", "parameters": {}, "figures": [], "versions": {}, "git": {}, "data_hash": "", "weights": "",
     }  # fmt: skip
     found = Findings(numbers={"a/b": Estimate(1.0, 0.5, float("nan"), 7, 0.25)})
-    tracker: Any = Broken()
+    tracker = Broken({}, tmp_path)
     (line,) = track(tracker, resolved, diagnostic, summary, found, [], tmp_path)
     assert "no space" in line
     columns, cells = expanded(Table("t", "T", ("x", "y"), (("a", Estimate(1.0, 0.5, 2.0, 7, 0.25)), ("b", None))))
