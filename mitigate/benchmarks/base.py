@@ -12,7 +12,8 @@ from mitigate.metrics.base import ImageCounts, Metric
 from mitigate.records import SampleRecord, content_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from PIL.Image import Image
 
@@ -35,7 +36,7 @@ class Sample:
     image_id
         The picture; samples with the same one are one cluster of the statistics.
     task
-        ``caption`` or ``yes_no``.
+        ``caption``, ``yes_no`` or ``open`` (anything else that is asked).
     prompt
         What the user says, without any chat template.
     meta
@@ -61,7 +62,8 @@ class Span:
 class Benchmark:
     """Base class of every benchmark: a frozen dataclass of plain parameters.
 
-    A subclass brings `samples`, `images`, and either `scorers` or `metrics` and `score`; the rest follows from them.
+    A subclass brings `samples`, `images` (or `image_files`), and either `scorers` or `metrics` and `score`; the rest
+    follows from them.
 
     Parameters
     ----------
@@ -76,6 +78,8 @@ class Benchmark:
     version: ClassVar[int] = 1
     api: ClassVar[int] = 1
     """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
+    sources: ClassVar[tuple[Any, ...]] = ()
+    """The files it needs below its data folder (``mitigate data``)."""
 
     limit: int | None = None
     extra_metrics: tuple[str, ...] = ()
@@ -90,8 +94,14 @@ class Benchmark:
         raise NotImplementedError(f"{type(self).__name__} has no samples: override samples()")
 
     def images(self, sample: Sample) -> list[Image]:
-        """Return the pictures of a sample, RGB, in the order the prompt takes them."""
-        raise NotImplementedError(f"{type(self).__name__} has no pictures: override images()")
+        """Return the pictures of a sample, RGB, in the order the prompt takes them; by default its `image_files`."""
+        from mitigate.data import open_image
+
+        return [open_image(path) for path in self.image_files(sample)]
+
+    def image_files(self, sample: Sample) -> list[Path]:
+        """Return the files of a sample's pictures; a benchmark that draws its pictures overrides `images` instead."""
+        raise NotImplementedError(f"{type(self).__name__} has no pictures: override image_files() or images()")
 
     def scorers(self) -> list[Scorer]:
         """Return the metric plugins the benchmark is scored with."""
@@ -108,6 +118,30 @@ class Benchmark:
         if scorers := self.scorers():
             return {column: amount for scorer in scorers for column, amount in scorer.score(record, self).items()}
         raise NotImplementedError(f"{type(self).__name__} cannot score: override scorers() or score()")
+
+    def cluster(self, record: SampleRecord) -> str:
+        """Return what is resampled as a whole: answers of one cluster are not independent. By default the picture."""
+        return record.image_id
+
+    def graded(
+        self, records: Sequence[SampleRecord], folder: Path, report: Callable[[int, int], None] | None = None
+    ) -> list[SampleRecord]:
+        """Return the records with what scoring needs beyond the answers, such as a judge's verdicts in their ``meta``.
+
+        Parameters
+        ----------
+        records
+            Answers that did not fail.
+        folder
+            The run's folder: verdicts are kept there, so that nothing is asked twice.
+        report
+            Called with how many are graded and how many there are.
+        """
+        return list(records)
+
+    def aliases(self, sample: Sample) -> Sequence[str]:
+        """Return other names under which the answers of another tool may know a sample."""
+        return ()
 
     def all_metrics(self) -> list[Metric]:
         """Return the benchmark's own metrics and then the `extra_metrics`.
@@ -167,6 +201,21 @@ class Benchmark:
         """Return whether an answer is right, for McNemar; ``None`` where that is not a yes/no matter."""
         return None
 
+    def errors(self, record: SampleRecord) -> float | None:
+        """Return how wrong an answer is: 0 where it is right, ``None`` where nobody can say.
+
+        By default 0 or 1 after `correct`, otherwise how many pieces of the reply `marked` finds hallucinated.
+        """
+        right = self.correct(record)
+        if right is not None:
+            return float(not right)
+        kinds = [span.kind for span in self.marked(record, record.text)]
+        return float(kinds.count("hallucinated")) if set(kinds) - {"plain"} or record.task == "caption" else None
+
+    def breakdowns(self, record: SampleRecord) -> Mapping[str, str]:
+        """Return a sample's categories, by the name of the breakdown: ``{"type": "counting"}``."""
+        return {}
+
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Cut a reply into spans that show what is right and what is hallucinated."""
         return [Span(text)] if text else []
@@ -184,23 +233,37 @@ class Benchmark:
         return tuple(metric.name for metric in self.metrics()[:1])
 
     def counts(self, records: Iterable[SampleRecord]) -> ImageCounts:
-        """Score records and sum the counts per image.
+        """Score records and sum the counts per cluster.
 
         Raises
         ------
         DataError
             If a sample failed, so that its reply would be scored as if the model had been silent.
         """
-        extra, rows = self._extra(), []
-        for record in records:
+        answers = list(records)
+        for record in answers:
             if record.error is not None:
                 raise DataError(
                     f"sample {record.id!r} failed ({record.error}) and cannot be scored; "
                     "start the run again, finished samples are kept"
                 )
-            rows.append((record.image_id, self.score(record)))
-            rows += [(record.image_id, scorer.score(record, self)) for scorer in extra]
-        return ImageCounts.accumulate(rows, (column for metric in self.all_metrics() for column in metric.columns))
+        columns = [column for metric in self.all_metrics() for column in metric.columns]
+        return ImageCounts.accumulate(self._rows(answers), columns)
+
+    def _rows(self, answers: Sequence[SampleRecord]) -> Iterator[tuple[str, Mapping[str, float]]]:
+        # Every cluster has a row, also where no metric counts anything in it: it is drawn like the others.
+        yield from ((self.cluster(answer), {}) for answer in answers)
+        own = self.scorers()
+        if not own or type(self).score is not Benchmark.score:
+            yield from ((self.cluster(answer), self.score(answer)) for answer in answers)
+            own = []
+        for scorer in [*own, *self._extra()]:
+            yield from scorer.score_all(answers, self)
+
+    def warnings(self, counts: ImageCounts) -> list[str]:
+        """Return what the metrics have to say about the counts, such as that a number is not defined."""
+        sums = {name: float(column.sum()) for name, column in counts.columns.items()}
+        return [line for scorer in [*self.scorers(), *self._extra()] for line in scorer.warnings(sums)]
 
     def params(self) -> dict[str, Any]:
         """Return the parameters by name, as plain JSON."""
@@ -208,15 +271,23 @@ class Benchmark:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def data_hash(self) -> str:
-        """Return a sha256 over the samples' ground truth and the pixels of their pictures."""
+        """Return a sha256 over the samples' ground truth and their pictures."""
         parts: list[Any] = [self.name, self.version]
         seen = set()
         for sample in self.samples():
             parts.append([sample.id, sample.image_id, sample.task, sample.meta])
             if sample.image_id not in seen:
                 seen.add(sample.image_id)
-                parts.extend(part for image in self.images(sample) for part in ([*image.size], image.tobytes()))
+                parts += self._pictures(sample)
         return content_hash(parts)
+
+    def _pictures(self, sample: Sample) -> list[Any]:
+        """Return what identifies a sample's pictures: the bytes of their files, or pixels where they are drawn."""
+        if type(self).images is Benchmark.images:
+            from mitigate.data import require_file
+
+            return [require_file(path, self.name).read_bytes() for path in self.image_files(sample)]
+        return [part for image in self.images(sample) for part in ([*image.size], image.tobytes())]
 
     def prompt_hash(self) -> str:
         """Return a sha256 over the prompts."""

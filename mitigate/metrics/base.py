@@ -6,6 +6,7 @@ the column matrix, and every metric, linear or not, is one array expression over
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -64,6 +65,10 @@ class Metric:
         ``None`` for numbers that are context (length, yes-rate).
     percent
         Whether people read it times 100.
+    empty
+        The value shown where the whole data leave it undefined; ``None`` shows that it is undefined.
+    unit
+        What it counts if it is no rate, such as ``words`` or ``points``.
     """
 
     name: str
@@ -72,6 +77,13 @@ class Metric:
     compute: Callable[[Array], Array]
     higher_is_better: bool | None = None
     percent: bool = True
+    empty: float | None = None
+    unit: str = ""
+
+    def value(self, sums: Array) -> float:
+        """Evaluate the metric on one row of sums, ``[len(columns)]``; `empty` where that is undefined."""
+        found = float(self.compute(sums))
+        return self.empty if np.isnan(found) and self.empty is not None else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +116,39 @@ class Scorer:
         """
         raise NotImplementedError(f"{type(self).__name__} cannot score: override score()")
 
+    def score_cluster(self, records: Sequence[SampleRecord], benchmark: Benchmark) -> Mapping[str, float]:
+        """Return what the answers of one cluster add together; by default the sum of what each adds.
+
+        Override it where answers count in pairs or groups.
+        """
+        total: dict[str, float] = {}
+        for record in records:
+            for column, amount in self.score(record, benchmark).items():
+                total[column] = total.get(column, 0.0) + amount
+        return total
+
+    def score_all(
+        self, records: Sequence[SampleRecord], benchmark: Benchmark
+    ) -> Iterable[tuple[str, Mapping[str, float]]]:
+        """Return what all answers add: rows ``(cluster, counts)``.
+
+        Override it where an answer's score depends on the other samples' ground truth.
+        """
+        groups = by_cluster(records, benchmark).items()
+        return [(cluster, self.score_cluster(members, benchmark)) for cluster, members in groups]
+
+    def warnings(self, sums: Mapping[str, float]) -> list[str]:
+        """Return sentences about the sums of all columns, such as that a number is not defined and shown as 0."""
+        return []
+
+
+def by_cluster(records: Iterable[SampleRecord], benchmark: Benchmark) -> dict[str, list[SampleRecord]]:
+    """Group answers by what is resampled as a whole, in the order of the first answer of each."""
+    groups: dict[str, list[SampleRecord]] = {}
+    for record in records:
+        groups.setdefault(benchmark.cluster(record), []).append(record)
+    return groups
+
 
 @dataclass(frozen=True)
 class ImageCounts:
@@ -112,7 +157,7 @@ class ImageCounts:
     Parameters
     ----------
     images
-        Image ids, sorted, without repetition.
+        Ids of the images (or what else is a benchmark's cluster), sorted, without repetition.
     columns
         Column name -> ``[len(images)]`` float64.
     """
@@ -143,7 +188,7 @@ class ImageCounts:
             for name, amount in row.items():
                 if name not in total:
                     raise DataError(f"image {image!r} has counts for {name!r}, which no metric declares as a column")
-                if not np.isfinite(amount):
+                if not math.isfinite(amount):
                     raise DataError(f"image {image!r} counts {amount} for {name!r}; counts must be finite")
                 total[name] += amount
         images = tuple(sorted(sums))
@@ -195,6 +240,8 @@ def ratio(
     *,
     higher_is_better: bool | None = None,
     percent: bool = True,
+    empty: float | None = None,
+    unit: str = "",
 ) -> Metric:
     """Build the metric sum(numerator) / sum(denominator); undefined where the denominator sums to zero."""
     return Metric(
@@ -204,9 +251,11 @@ def ratio(
         compute=lambda sums: divide(sums[..., 0], sums[..., 1]),
         higher_is_better=higher_is_better,
         percent=percent,
+        empty=empty,
+        unit=unit,
     )
 
 
 def values(counts: ImageCounts, metrics: Iterable[Metric]) -> dict[str, float]:
-    """Evaluate metrics over all images; NaN where undefined."""
-    return {metric.name: float(metric.compute(counts.matrix(metric).sum(axis=0))) for metric in metrics}
+    """Evaluate metrics over all images; where undefined, their `Metric.empty` or NaN."""
+    return {metric.name: metric.value(counts.matrix(metric).sum(axis=0)) for metric in metrics}
