@@ -54,6 +54,7 @@ FORBIDDEN = {
     "compose": ("adapters", "cli", "report", "runner", "trackers"),
     "testbed": ("cli", "compose", "methods", "runner"),
     "trackers": ("cli", "compose", "methods", "runner"),
+    "data": ("adapters", "cli", "compose", "core", "methods", "runner"),
     "report": ("adapters", "cli", "compose", "methods"),
     "runner": ("cli", "diagnostics", "methods"),
     "diagnostics": ("cli", "methods"),
