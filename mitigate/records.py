@@ -256,7 +256,9 @@ class RunRecord:
     stack
         Name of the stack.
     samples
-        Number of answered samples.
+        Number of samples.
+    failures
+        How many of them failed; they are in no number.
     config, provenance
         Resolved configuration, and where each value came from.
     metrics
@@ -278,6 +280,7 @@ class RunRecord:
     status: str
     stack: str
     samples: int = 0
+    failures: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Interval] = field(default_factory=dict)

@@ -184,6 +184,22 @@ def paired_differences(
     return result
 
 
+def pool(runs: Sequence[ImageCounts]) -> ImageCounts:
+    """Sum the counts of several runs over the same images, such as one stack with several seeds.
+
+    Raises
+    ------
+    DataError
+        If an image occurs in one run only.
+    """
+    first = runs[0]
+    others = [_aligned(first, run) for run in runs[1:]]
+    columns = {
+        name: np.sum([column, *(run.columns[name] for run in others)], axis=0) for name, column in first.columns.items()
+    }
+    return ImageCounts(first.images, columns)
+
+
 def _two_sided(draws: Array) -> float:
     defined = draws[~np.isnan(draws)]
     if not defined.size:

@@ -41,10 +41,11 @@ from mitigate.compose import ResolvedRun, compose_run, compose_sweep
 from mitigate.compose.schemas import defaults_of
 from mitigate.errors import MitigateError
 from mitigate.jsonfiles import to_json
-from mitigate.records import RunRecord, read_samples
+from mitigate.records import RunRecord
 from mitigate.registry import methods as known_methods
 from mitigate.runner import run as run_one
 from mitigate.runner.results import summarise
+from mitigate.runner.standalone import stored
 
 PLAN = Path(__file__).with_suffix(".yaml")
 FOLDER = Path("runs/sweep-testbed")
@@ -166,15 +167,14 @@ def test_jobs(
 def execute(jobs: Sequence[Job], folder: Path, console: Console) -> dict[str, Any]:
     """Run what is not finished, and compare all of it to the first job; return what the page needs."""
     records: dict[str, RunRecord] = {}
-    answers = {}
+    runs = []
     for number, job in enumerate(jobs, start=1):
         place = folder / f"{job.run.stack_name}-{job.run.digest}"  # where `mitigate run -m` puts it
         records[job.label] = run_one(job.run, place, console=Console(quiet=True))
-        answers[job.label] = {sample.id: sample for sample in read_samples(place)}
+        runs.append(replace(stored(job.run, records[job.label], place), stack=job.label))
         value = records[job.label].metrics[TARGET].value
         console.print(f"{folder.name} {number}/{len(jobs)}: {job.label}: {TARGET} {100 * value:.2f}", highlight=False)
-    named = [replace(job.run, stack_name=job.label) for job in jobs]
-    data = summarise(folder.name, named, records, answers)
+    data = summarise(folder.name, runs)
     first = records[jobs[0].label]
     return {
         "split": data["benchmark"]["split"],

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mitigate.data import Source, open_image, require_file
 from mitigate.errors import ConfigError, DataError
 from mitigate.metrics.base import ImageCounts, Metric
 from mitigate.records import SampleRecord, content_hash
@@ -78,7 +79,7 @@ class Benchmark:
     version: ClassVar[int] = 1
     api: ClassVar[int] = 1
     """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
-    sources: ClassVar[tuple[Any, ...]] = ()
+    sources: ClassVar[tuple[Source, ...]] = ()
     """The files it needs below its data folder (``mitigate data``)."""
 
     limit: int | None = None
@@ -95,8 +96,6 @@ class Benchmark:
 
     def images(self, sample: Sample) -> list[Image]:
         """Return the pictures of a sample, RGB, in the order the prompt takes them; by default its `image_files`."""
-        from mitigate.data import open_image
-
         return [open_image(path) for path in self.image_files(sample)]
 
     def image_files(self, sample: Sample) -> list[Path]:
@@ -284,8 +283,6 @@ class Benchmark:
     def _pictures(self, sample: Sample) -> list[Any]:
         """Return what identifies a sample's pictures: the bytes of their files, or pixels where they are drawn."""
         if type(self).images is Benchmark.images:
-            from mitigate.data import require_file
-
             return [require_file(path, self.name).read_bytes() for path in self.image_files(sample)]
         return [part for image in self.images(sample) for part in ([*image.size], image.tobytes())]
 

@@ -16,6 +16,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 _STRATEGIES = ("auto", "ddp")
 _SEEDS = 2**32
+_ON_ERROR = ("stop", "skip")
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k")
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -50,6 +51,7 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
         (trainer["accelerator"] in ACCELERATORS, "trainer.accelerator", "be one of " + ", ".join(ACCELERATORS)),
         (trainer["strategy"] in _STRATEGIES, "trainer.strategy", "be auto, or ddp for one process per device"),
         (0 <= config["seed"] < _SEEDS, "seed", f"be at least 0 and below 2**32 ({_SEEDS})"),
+        (config["on_error"] in _ON_ERROR, "on_error", "be one of " + ", ".join(_ON_ERROR)),
         (config["name"] is None or _is_folder_name(config["name"]), "name", "be a plain folder name, without / or .."),
     ]
     for holds, key, must in rules:

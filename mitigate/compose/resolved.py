@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mitigate.core.facts import ModelFacts
     from mitigate.core.method import Method
 
+#: Parameters of benchmarks that say where something is and how to reach it.
+PLACES = ("data_dir", "judge_key_env", "judge_retries", "judge_url")
 #: Where a run is written and shown does not change what it computes.
-_NOT_IDENTITY = ("name", "runs_dir", "stack", "stacks", "tracker")
+_NOT_IDENTITY = ("name", "on_error", "runs_dir", "stack", "stacks", "tracker")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ResolvedRun:
     def digest(self) -> str:
         """Eight hex digits of a hash over everything that decides the result, the order of the methods included."""
         identity = {key: value for key, value in self.config.items() if key not in _NOT_IDENTITY}
+        identity["benchmark"] = {key: value for key, value in identity["benchmark"].items() if key not in PLACES}
         identity["methods"] = list(self.config["methods"].items())
         text = json.dumps(identity, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]

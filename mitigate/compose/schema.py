@@ -125,6 +125,9 @@ class RunConfig:
         Only for ``mitigate compare``: presets, or method names joined by ``+``.
     seed
         Seed of every random draw (sampling, stochastic methods, bootstrap).
+    on_error
+        What a sample that fails does: ``stop`` ends the run, ``skip`` records the failure and goes on; either way the
+        same command tries failed samples again.
     runs_dir
         Folder under which records are written.
     name
@@ -140,5 +143,6 @@ class RunConfig:
     stack: str | None = None
     stacks: list[str] = field(default_factory=list)
     seed: int = 0
+    on_error: str = "stop"
     runs_dir: str = "runs"
     name: str | None = None

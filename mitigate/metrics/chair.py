@@ -99,7 +99,7 @@ def chair_metrics() -> list[Metric]:
         ratio("chair_s", "CHAIR_s", COLUMNS[1], COLUMNS[0], higher_is_better=False),
         ratio("chair_i", "CHAIR_i", COLUMNS[3], COLUMNS[2], higher_is_better=False),
         ratio("recall", "Recall", COLUMNS[5], COLUMNS[4], higher_is_better=True),
-        ratio("length", "Length", COLUMNS[6], COLUMNS[0], percent=False),
+        ratio("length", "Length", COLUMNS[6], COLUMNS[0], percent=False, unit="words"),
     ]
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import ConfigError
 from mitigate.jsonfiles import write_json
-from mitigate.records import RunRecord, read_samples
+from mitigate.records import RunRecord
 from mitigate.report import choose_examples, write_report
 from mitigate.runner.folder import claim, is_first_process, refuse_run
 from mitigate.runner.identity import check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
 from mitigate.runner.single import ModelCache, run_stack
-from mitigate.runner.standalone import configured_tracker, notes_of
+from mitigate.runner.standalone import configured_tracker, notes_of, stored
 from mitigate.runner.table import print_table
 from mitigate.runner.tracking import track
 
@@ -124,13 +124,10 @@ def _conclude(
     command: str,
 ) -> Comparison:
     """Write, show and track the results of finished runs."""
-    answers = {
-        item.stack_name: {record.id: record for record in read_samples(directory / item.stack_name)}
-        for item in resolved
-    }
-    data = summarise(directory.name, resolved, records, answers, notes=notes_of(resolved))
+    runs = [stored(item, records[item.stack_name], directory / item.stack_name) for item in resolved]
+    data = summarise(directory.name, runs, notes=notes_of(resolved))
     write_json(directory / "comparison.json", data)
-    benchmark = resolved[0].benchmark
+    benchmark, answers = resolved[0].benchmark, {run.stack: run.answers for run in runs}
     examples = choose_examples(benchmark, benchmark.samples(), answers)
     report = directory / "report.html"
     write_report(report, data, examples, command=command)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mitigate.compose.resolved import PLACES
 from mitigate.errors import ConfigError, DataError
 from mitigate.jsonfiles import read_object, to_json
 from mitigate.runner.fingerprint import weights_before_loading
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
 
 #: Settings that say where results go and how fast they come, not what they are.
-_VOLATILE = ("name", "runs_dir", "stack", "stacks", "tracker")
+_VOLATILE = ("name", "on_error", "runs_dir", "stack", "stacks", "tracker")
 _VOLATILE_TRAINER = ("devices", "num_nodes", "num_workers", "strategy")
 _SHOWN_DIFFERENCES = 4
 #: How the keys begin under which a record keeps the versions of plugins.
@@ -30,6 +31,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("trainer"), Mapping):
         kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _VOLATILE_TRAINER}
     methods = list(config.get("methods") or {})
+    if isinstance(kept.get("benchmark"), Mapping):
+        kept["benchmark"] = {key: value for key, value in kept["benchmark"].items() if key not in PLACES}
     return {**_flatten(to_json(kept)), "methods": methods}
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytorch_lightning as lightning
 import torch
@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, UnsupportedModel, described
 from mitigate.records import RecordWriter, SampleRecord
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ WARM_UP_TOKENS = 2
 SEED_STRIDE = 1_000_003
 
 
-class BatchData(Dataset[tuple["Batch", list[list["Image"]]]]):
+#: Pictures of one sample, or why there are none.
+Pictures: TypeAlias = "list[Image] | str"
+
+
+class BatchData(Dataset[tuple["Batch", list[Pictures]]]):
     """Batches with their pictures, drawn or read in the loader's processes.
 
     Parameters
@@ -41,20 +45,29 @@ class BatchData(Dataset[tuple["Batch", list[list["Image"]]]]):
         Where pictures come from.
     batches
         The batches of this process.
+    skip
+        Whether a picture that cannot be had is told instead of raised.
     """
 
-    def __init__(self, benchmark: Benchmark, batches: Sequence[Batch]) -> None:
-        self.benchmark = benchmark
-        self.batches = list(batches)
+    def __init__(self, benchmark: Benchmark, batches: Sequence[Batch], *, skip: bool = False) -> None:
+        self.benchmark, self.batches, self.skip = benchmark, list(batches), skip
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Batch, list[list[Image]]]:
+    def __getitem__(self, index: int) -> tuple[Batch, list[Pictures]]:
         """Return a batch and, per sample, its pictures."""
         batch = self.batches[index]
-        return batch, [self.benchmark.images(sample) for sample in batch.samples]
+        return batch, [self._pictures(sample) for sample in batch.samples]
+
+    def _pictures(self, sample: Sample) -> Pictures:
+        try:
+            return self.benchmark.images(sample)
+        except Exception as error:
+            if not self.skip:
+                raise
+            return described(error)
 
 
 class BatchDataModule(lightning.LightningDataModule):
@@ -73,19 +86,23 @@ class BatchDataModule(lightning.LightningDataModule):
         Ids of recorded samples.
     workers
         Processes that prepare pictures.
+    skip
+        As for `BatchData`.
     """
 
-    def __init__(self, benchmark: Benchmark, batches: Sequence[Batch], done: Collection[str], workers: int) -> None:
+    def __init__(
+        self, benchmark: Benchmark, batches: Sequence[Batch], done: Collection[str], workers: int, *, skip: bool = False
+    ) -> None:
         super().__init__()
         self.benchmark, self.batches, self.done, self.workers = benchmark, batches, done, workers
+        self.skip = skip
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's unfinished batches."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         mine = [batch for batch in self.batches[rank::world] if batch.missing(self.done)]
-        return DataLoader(
-            BatchData(self.benchmark, mine), batch_size=None, shuffle=False, num_workers=self.workers, collate_fn=_same
-        )
+        data = BatchData(self.benchmark, mine, skip=self.skip)
+        return DataLoader(data, batch_size=None, shuffle=False, num_workers=self.workers, collate_fn=_same)
 
 
 class StackModule(lightning.LightningModule):
@@ -107,6 +124,8 @@ class StackModule(lightning.LightningModule):
         Ids of recorded samples; their records are not written twice.
     advance
         Called with the number of new records after each batch.
+    skip
+        Whether a sample that fails is recorded as failed, and the others go on.
     """
 
     def __init__(
@@ -119,11 +138,12 @@ class StackModule(lightning.LightningModule):
         run_dir: Path,
         done: Collection[str],
         advance: Callable[[int], None],
+        skip: bool = False,
     ) -> None:
         super().__init__()
         self.model = loaded.model
         self.loaded, self.stack, self.arguments, self.seed = loaded, stack, dict(arguments), seed
-        self.run_dir, self.done, self.advance = run_dir, done, advance
+        self.run_dir, self.done, self.advance, self.skip = run_dir, done, advance, skip
         self._open = ExitStack()
         self._handle: Any = None
         self._writer: Any = None
@@ -148,13 +168,35 @@ class StackModule(lightning.LightningModule):
         """Leave the batch alone: the adapter puts its tensors on the model's device."""
         return batch
 
-    def predict_step(self, data: tuple[Batch, list[list[Image]]], batch_idx: int) -> None:
+    def predict_step(self, data: tuple[Batch, list[Pictures]], batch_idx: int) -> None:
         """Generate one batch and append the records that are missing."""
         if self.trainer.received_sigterm:  # Lightning only notes the signal; a scheduler expects the run to end
             raise KeyboardInterrupt
-        batch, images = data
-        inputs = self.loaded.inputs([sample.prompt for sample in batch.samples], images)
-        ids = [sample.id for sample in batch.samples]
+        batch, pictures = data
+        pairs = list(zip(batch.samples, pictures, strict=True))
+        records = [_failed(sample, reason) for sample, reason in pairs if isinstance(reason, str)]
+        shown = [(sample, images) for sample, images in pairs if not isinstance(images, str)]
+        records += self._answers(batch, shown) if shown else []
+        records = [record for record in records if record.id not in self.done]
+        self._writer.extend(records)
+        self.advance(len(records) * self.trainer.world_size)
+
+    def _answers(self, batch: Batch, shown: Sequence[tuple[Sample, list[Image]]]) -> list[SampleRecord]:
+        """Answer samples together; where failures are skipped and this fails, one by one to find the culprit."""
+        try:
+            return self._answer(batch, shown)
+        except (ConfigError, UnsupportedModel):
+            raise  # no sample's fault: every other one would fail too
+        except Exception as error:
+            if not self.skip:
+                raise
+            if len(shown) == 1:
+                return [_failed(shown[0][0], described(error))]
+        return [record for one in shown for record in self._answers(batch, [one])]
+
+    def _answer(self, batch: Batch, shown: Sequence[tuple[Sample, list[Image]]]) -> list[SampleRecord]:
+        inputs = self.loaded.inputs([sample.prompt for sample, _ in shown], [images for _, images in shown])
+        ids = [sample.id for sample, _ in shown]
         if not self._warm:  # lazy initialisation must not be charged to whichever stack comes first
             self._generate(inputs, ids, min(WARM_UP_TOKENS, batch.max_new_tokens))
             self._warm = True
@@ -166,10 +208,8 @@ class StackModule(lightning.LightningModule):
         self._synchronize()
         seconds = (time.perf_counter() - started) / len(ids)
         generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :].tolist()
-        rows = zip(batch.samples, generated, self._handle.telemetry(), strict=True)
-        records = [self._record(*row, seconds) for row in rows if row[0].id not in self.done]
-        self._writer.extend(records)
-        self.advance(len(records) * self.trainer.world_size)
+        rows = zip([sample for sample, _ in shown], generated, self._handle.telemetry(), strict=True)
+        return [self._record(*row, seconds) for row in rows]
 
     def _generate(self, inputs: Mapping[str, Any], ids: list[str], limit: int) -> Any:
         return self._handle.generate(**inputs, **self.arguments, seed=self.seed, sample_ids=ids, max_new_tokens=limit)
@@ -302,6 +342,12 @@ def _sequences(output: Any) -> torch.Tensor:
     """Return the token ids of either form of ``generate``'s answer."""
     tokens: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
     return tokens
+
+
+def _failed(sample: Sample, reason: str) -> SampleRecord:
+    """Return the record of a sample that could not be answered."""
+    asked = {name: getattr(sample, name) for name in ("id", "image_id", "task", "prompt")}
+    return SampleRecord(**asked, meta=dict(sample.meta), text="", tokens=0, finished=False, error=reason)
 
 
 def _same(item: Any) -> Any:

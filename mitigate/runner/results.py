@@ -1,38 +1,106 @@
-"""From finished records to ``comparison.json``: metrics, paired differences, effects, cost."""
+"""From finished runs to ``comparison.json``: metrics, paired differences, effects, cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mitigate.effects import effects, stack_effect, totals
+from mitigate.errors import DataError
 from mitigate.jsonfiles import to_json
-from mitigate.records import RunRecord, SampleRecord
-from mitigate.runner.single import timing
-from mitigate.statistics import holm, intervals, mcnemar, paired_differences
+from mitigate.runner.breakdowns import break_down
+from mitigate.statistics import holm, intervals, mcnemar, paired_differences, pool
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
-    from mitigate.compose import ResolvedRun
-    from mitigate.metrics.base import Metric
+    from mitigate.metrics.base import ImageCounts, Metric
+    from mitigate.records import SampleRecord
+    from mitigate.runner.stored import StoredRun
 
-FORMAT = 1
-#: Units of metrics that are no rates.
-_UNITS = {"length": "words"}
-
-Answers = Mapping[str, SampleRecord]
-"""Sample id -> record."""
+FORMAT = 2
 
 
-def summarise(
-    name: str,
-    resolved: Sequence[ResolvedRun],
-    records: Mapping[str, RunRecord],
-    answers: Mapping[str, Answers],
-    *,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Answered:
+    """The runs of one stack, one per seed, without what is left out everywhere.
+
+    Parameters
+    ----------
+    runs
+        At least one; they differ in nothing but the seed.
+    left_out
+        Clusters in which a sample of any stack failed.
+    """
+
+    runs: tuple[StoredRun, ...]
+    left_out: frozenset[str]
+
+    @property
+    def stack(self) -> str:
+        """Return the stack's name."""
+        return self.runs[0].stack
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Return what was asked."""
+        return self.runs[0].benchmark
+
+    @cached_property
+    def answers(self) -> dict[tuple[int, str], SampleRecord]:
+        """Return the answers that count, by seed and sample id."""
+        return {
+            (run.seed, key): record
+            for run in self.runs
+            for key, record in run.answers.items()
+            if record.error is None and self.benchmark.cluster(record) not in self.left_out
+        }
+
+    @cached_property
+    def counts(self) -> ImageCounts:
+        """Return the counts per cluster, summed over the seeds."""
+        per_seed: dict[int, list[SampleRecord]] = {run.seed: [] for run in self.runs}
+        for (seed, _), record in self.answers.items():
+            per_seed[seed].append(record)
+        return pool([self.benchmark.counts(records) for records in per_seed.values()])
+
+    def counterpart(self, key: tuple[int, str]) -> SampleRecord | None:
+        """Return the answer to the same sample with the same seed, or with the only seed there is."""
+        return self.answers.get(key if len(self.runs) > 1 else (self.runs[0].seed, key[1]))
+
+
+def answered(runs: Sequence[StoredRun]) -> dict[str, Answered]:
+    """Put the runs of each stack together and leave out what failed anywhere, so that all stacks are compared alike.
+
+    Raises
+    ------
+    DataError
+        If a stack has two runs with one seed, or nothing is left.
+    """
+    left_out = frozenset(
+        run.benchmark.cluster(record) for run in runs for record in run.answers.values() if record.error is not None
+    )
+    groups: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        group = groups.setdefault(run.stack, [])
+        if any(run.seed == other.seed for other in group):
+            raise DataError(
+                f"stack {run.stack!r} has two runs with seed {run.seed}: {group[0].directory} and {run.directory}"
+            )
+        group.append(run)
+    made = {stack: Answered(tuple(group), left_out) for stack, group in groups.items()}
+    for stack, each in made.items():
+        if not each.answers:
+            failed = next(record for run in each.runs for record in run.answers.values() if record.error is not None)
+            raise DataError(
+                f"stack {stack!r} has no answer that can be compared; sample {failed.id!r} failed with: {failed.error}"
+            )
+    return made
+
+
+def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Compare finished runs.
 
     Everything but ``cost`` and the dates is a pure function of configuration, answers and seed.
@@ -41,10 +109,9 @@ def summarise(
     ----------
     name
         Name of the comparison.
-    resolved
-        The runs, in the table's order; the first one without methods is the baseline.
-    records, answers
-        By stack name.
+    runs
+        In the table's order; the first one without methods is the baseline. Runs of one stack with several seeds are
+        pooled.
     notes
         Sentences that belong under every presentation.
 
@@ -52,32 +119,39 @@ def summarise(
     -------
     dict
         Content of ``comparison.json``, plain JSON; rates in 0..1, undefined numbers ``None``.
+
+    Raises
+    ------
+    DataError
+        If nothing is left to compare because samples failed.
     """
-    first = resolved[0]
-    benchmark, seed = first.benchmark, int(first.config["seed"])
+    first, groups = runs[0], answered(runs)
+    benchmark = first.benchmark
     metrics = benchmark.all_metrics()
-    baseline = next((item.stack_name for item in resolved if not item.methods), None)
-    stacks = {
-        item.stack_name: _stack(item, records[item.stack_name], answers, baseline, metrics, seed) for item in resolved
-    }
+    baseline = next((group for group in groups.values() if not group.runs[0].methods), None)
+    stacks = {stack: _stack(group, baseline, metrics, first.seed) for stack, group in groups.items()}
     _adjust(stacks, benchmark.headline)
+    answers = groups[first.stack].answers.values()
     return to_json(  # type: ignore[no-any-return]
         {
             "format": FORMAT,
             "name": name,
             "benchmark": {"name": benchmark.name, "version": benchmark.version, **benchmark.params()},
             "model": _model(first.config["model"]),
-            "baseline": baseline,
-            "seed": seed,
-            "n_images": len({record.image_id for record in answers[first.stack_name].values()}),
-            "n_samples": len(answers[first.stack_name]),
+            "baseline": None if baseline is None else baseline.stack,
+            "seed": first.seed,
+            "n_images": len(groups[first.stack].counts.images),
+            "n_samples": len({record.id for record in answers}),
+            "left_out": sorted(groups[first.stack].left_out),
             "headline": benchmark.headline,
+            "context": [metric.name for metric in metrics if metric.higher_is_better is None],
             "metrics": {metric.name: _about(metric) for metric in metrics},
             "stacks": stacks,
-            "notes": list(notes),
+            "breakdowns": break_down(groups, baseline, metrics, first.seed),
+            "notes": [*notes, *_left_out(groups[first.stack].left_out)],
             "config": {key: value for key, value in first.config.items() if key not in ("methods", "stack")},
-            "data_hash": records[first.stack_name].data_hash,
-            "prompt_hash": records[first.stack_name].prompt_hash,
+            "data_hash": first.record.data_hash,
+            "prompt_hash": first.record.prompt_hash,
         }
     )
 
@@ -88,6 +162,13 @@ def _model(config: Mapping[str, Any]) -> str:
     return name if name == path else f"{name} ({path})"
 
 
+def _left_out(clusters: frozenset[str]) -> list[str]:
+    if not clusters:
+        return []
+    many = f"{len(clusters)} pictures are" if len(clusters) > 1 else "1 picture is"
+    return [f"{many} left out of every stack's numbers because a sample of some stack failed there."]
+
+
 def _about(metric: Metric) -> dict[str, Any]:
     """Describe a metric, with a short title for table headings: the last word of a metric of a family."""
     short = metric.title.split()[-1] if "/" in metric.name else metric.title
@@ -95,41 +176,30 @@ def _about(metric: Metric) -> dict[str, Any]:
         "title": metric.title,
         "short": short,
         "percent": metric.percent,
-        "unit": "" if metric.percent else _UNITS.get(metric.name, ""),
+        "unit": metric.unit,
         "higher_is_better": metric.higher_is_better,
     }
 
 
-def _stack(
-    item: ResolvedRun,
-    record: RunRecord,
-    answers: Mapping[str, Answers],
-    baseline: str | None,
-    metrics: Sequence[Metric],
-    seed: int,
-) -> dict[str, Any]:
-    benchmark, own = item.benchmark, list(answers[item.stack_name].values())
+def _stack(group: Answered, baseline: Answered | None, metrics: Sequence[Metric], seed: int) -> dict[str, Any]:
+    benchmark, own = group.benchmark, list(group.answers.values())
+    record, methods = group.runs[0].record, group.runs[0].methods
     summed = totals(own)
     each = effects(summed, len(own))
-    idle = [key for key in item.methods if key not in each or each[key].idle]
-    changed = None if baseline is None else _changed(answers[baseline], answers[item.stack_name])
-    against = baseline is not None and baseline != item.stack_name
+    idle = [key for key in methods if key not in each or each[key].idle]
+    changed = None if baseline is None else _changed(baseline, group)
+    against = baseline if baseline is not group else None
+    together = asdict(stack_effect(summed, len(own)))
     return {
-        "methods": item.config.get("methods") or {},
-        "provenance": dict(item.provenance),
-        "metrics": {key: asdict(value) for key, value in intervals(benchmark.counts(own), metrics, seed=seed).items()},
-        "differences": _differences(benchmark, answers, baseline, item.stack_name, metrics, seed)
-        if baseline is not None and against
-        else {},
-        "mcnemar": _mcnemar(benchmark, answers, baseline, item.stack_name)
-        if baseline is not None and against
-        else None,
+        "methods": dict(methods),
+        "provenance": dict(record.provenance),
+        "seeds": [run.seed for run in group.runs],
+        "failures": sum(run.failures for run in group.runs),
+        "metrics": {key: asdict(value) for key, value in intervals(group.counts, metrics, seed=seed).items()},
+        "differences": _differences(against, group, metrics, seed),
+        "mcnemar": _mcnemar(against, group),
         "effects": {
-            **{
-                key: value
-                for key, value in asdict(stack_effect(summed, len(own))).items()
-                if key != "seconds_per_token"
-            },
+            **{key: value for key, value in together.items() if key != "seconds_per_token"},
             "texts_changed": changed,
             "idle": idle,
             "methods": {
@@ -137,8 +207,9 @@ def _stack(
                 for key, counters in summed.items()
             },
         },
-        "cost": _cost(item, own, answers, baseline, summed),
-        "notes": _stack_notes(idle, changed if against else None, baseline),
+        "cost": _cost(group, baseline, summed),
+        "warnings": benchmark.warnings(group.counts),
+        "notes": _notes(group, idle, changed if against else None, baseline),
         "record": {
             "created_at": record.created_at,
             "versions": record.versions,
@@ -148,22 +219,13 @@ def _stack(
     }
 
 
-def _deterministic(effect: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what a second run of the same configuration need not repeat: times, and what is said elsewhere."""
-    return {key: value for key, value in effect.items() if key not in ("seconds_per_token", "idle")}
-
-
 def _differences(
-    benchmark: Benchmark,
-    answers: Mapping[str, Answers],
-    baseline: str,
-    stack: str,
-    metrics: Sequence[Metric],
-    seed: int,
-) -> dict[str, Any]:
+    baseline: Answered | None, group: Answered, metrics: Sequence[Metric], seed: int
+) -> dict[str, dict[str, Any]]:
     """Return stack minus baseline for every metric, with the same resampled pictures on both sides."""
-    first, second = (benchmark.counts(answers[name].values()) for name in (baseline, stack))
-    found = paired_differences(first, second, metrics, seed=seed)
+    if baseline is None:
+        return {}
+    found = paired_differences(baseline.counts, group.counts, metrics, seed=seed)
     return {key: {**asdict(value), "excludes_zero": value.excludes_zero} for key, value in found.items()}
 
 
@@ -175,41 +237,64 @@ def _adjust(stacks: Mapping[str, Any], headline: Sequence[str]) -> None:
             difference["p_holm"] = p
 
 
-def _mcnemar(
-    benchmark: Benchmark, answers: Mapping[str, Answers], baseline: str, stack: str
-) -> dict[str, float] | None:
-    """Return McNemar's exact test over the answers that are right or wrong; ``None`` without such answers."""
-    outcomes = [
-        {key: right for key, record in answers[name].items() if (right := benchmark.correct(record)) is not None}
-        for name in (baseline, stack)
-    ]
-    return asdict(mcnemar(*outcomes)) if outcomes[0] else None
+def _mcnemar(baseline: Answered | None, group: Answered) -> dict[str, float] | None:
+    """Return McNemar's exact test over the answers that are right or wrong; ``None`` without such pairs."""
+    if baseline is None:
+        return None
+    first, second = {}, {}
+    for key, record in group.answers.items():
+        other = baseline.counterpart(key)
+        right, before = (None if item is None else group.benchmark.correct(item) for item in (record, other))
+        if right is not None and before is not None:
+            first["/".join(map(str, key))], second["/".join(map(str, key))] = before, right
+    return asdict(mcnemar(first, second)) if first else None
 
 
-def _changed(baseline: Answers, stack: Answers) -> float:
-    return sum(stack[key].text != record.text for key, record in baseline.items()) / max(len(baseline), 1)
+def _changed(baseline: Answered, group: Answered) -> float:
+    """Return the share of answers whose text is not the baseline's."""
+    pairs = [(record, baseline.counterpart(key)) for key, record in group.answers.items()]
+    known = [(record, other) for record, other in pairs if other is not None]
+    return sum(record.text != other.text for record, other in known) / max(len(known), 1)
 
 
-def _cost(
-    item: ResolvedRun,
-    own: list[SampleRecord],
-    answers: Mapping[str, Answers],
-    baseline: str | None,
-    summed: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
+def _cost(group: Answered, baseline: Answered | None, summed: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Return the wall time per token of the captions, and its ratio to the baseline's."""
-    mine = timing(own)
-    base = None if baseline is None else timing(list(answers[baseline].values()))["ms_per_token"]
+    mine = timing(list(group.answers.values()))
+    base = None if baseline is None else timing(list(baseline.answers.values()))["ms_per_token"]
     return {
         **mine,
         "overhead": mine["ms_per_token"] / base if base else None,
-        "batch_size": item.config["trainer"]["batch_size"],
+        "batch_size": group.runs[0].config["trainer"]["batch_size"],
         "method_seconds": {key: counters["seconds"] for key, counters in summed.items() if "seconds" in counters},
     }
 
 
-def _stack_notes(idle: Sequence[str], changed: float | None, baseline: str | None) -> list[str]:
+def timing(answers: Sequence[SampleRecord]) -> dict[str, float]:
+    """Return what answers cost, from their recorded times.
+
+    Captions alone decide (a yes/no answer is nearly all prompt); where there are none, all answers do.
+
+    Returns
+    -------
+    dict
+        ``tokens``, ``seconds`` (wall time of the batches, shared out to their samples) and ``ms_per_token``.
+    """
+    timed = [answer for answer in answers if answer.task == "caption"] or answers
+    seconds = math.fsum(answer.seconds for answer in timed)
+    tokens = sum(answer.tokens for answer in timed)
+    return {
+        "tokens": float(tokens),
+        "seconds": seconds,
+        "ms_per_token": 1000.0 * seconds / tokens if tokens else math.nan,
+    }
+
+
+def _notes(group: Answered, idle: Sequence[str], changed: float | None, baseline: Answered | None) -> list[str]:
     notes = [f"{key} did nothing: it changed no attention row, no hidden state and no token" for key in idle]
-    if changed == 0.0:
-        notes.append(f"every reply is the same as with {baseline}")
+    if changed == 0.0 and baseline is not None:
+        notes.append(f"every reply is the same as with {baseline.stack}")
+    failures = sum(run.failures for run in group.runs)
+    if failures:
+        many = "samples" if failures > 1 else "sample"
+        notes.append(f"{failures} {many} failed; the same command tries them again")
     return notes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from mitigate.effects import totals
 from mitigate.errors import ConfigError, DataError
-from mitigate.records import RunRecord, SampleRecord, finished_ids, read_samples
+from mitigate.records import RunRecord, SampleRecord, finished_ids
 from mitigate.runner.batches import Batch, generate_arguments, plan_batches
 from mitigate.runner.fingerprint import weights_of_loaded
 from mitigate.runner.folder import is_first_process
 from mitigate.runner.identity import changes_since, check_loaded_weights, check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.provenance import git_state, versions
+from mitigate.runner.results import timing
+from mitigate.runner.stored import graded_answers
 from mitigate.statistics import intervals
 
 if TYPE_CHECKING:
@@ -148,23 +149,37 @@ def _finish(
             with suppress(DataError):  # a full disk: the first error is the one to tell
                 replace(record, status="failed").write(run_dir)
         raise
-    answers = read_samples(run_dir)
+    answers = graded_answers(resolved.benchmark, run_dir).values()
     if len(answers) != record.samples:
         raise DataError(
             f"{run_dir} has {len(answers)} of {record.samples} records although the run ended; run it again"
         )
-    finished = replace(
+    finished = _scored(resolved, replace(record, status="finished"), list(answers))
+    if first:
+        finished.write(run_dir)
+    return finished
+
+
+def _scored(resolved: ResolvedRun, record: RunRecord, records: list[SampleRecord]) -> RunRecord:
+    """Score what was answered; what failed is counted and in no number.
+
+    Raises
+    ------
+    DataError
+        If nothing was answered.
+    """
+    answers = [answer for answer in records if answer.error is None]
+    if not answers:
+        raise DataError(f"all {len(records)} samples failed; the first one, {records[0].id!r}: {records[0].error}")
+    return replace(
         record,
-        status="finished",
+        failures=len(records) - len(answers),
         metrics=intervals(
             resolved.benchmark.counts(answers), resolved.benchmark.all_metrics(), seed=int(resolved.config["seed"])
         ),
         cost=timing(answers),
         telemetry=totals(answers),
     )
-    if first:
-        finished.write(run_dir)
-    return finished
 
 
 def _generate(
@@ -189,8 +204,11 @@ def _generate(
         run_dir=run_dir,
         done=done,
         advance=progress.advance,
+        skip=config["on_error"] == "skip",
     )
-    data = BatchDataModule(resolved.benchmark, batches, done, int(config["trainer"]["num_workers"]))
+    data = BatchDataModule(
+        resolved.benchmark, batches, done, int(config["trainer"]["num_workers"]), skip=config["on_error"] == "skip"
+    )
     predict(module, data, config["trainer"], gradients=stack.needs_gradient, folder=run_dir)
     progress.end()
 
@@ -246,23 +264,3 @@ def _check_facts(resolved: ResolvedRun, loaded: LoadedModel) -> None:
         f"model.{wrong[0]}={known[wrong[0]]!r} is configured, but the loaded model has "
         f"{getattr(loaded.facts, wrong[0])!r}; correct it or leave it out"
     )
-
-
-def timing(answers: list[SampleRecord]) -> dict[str, float]:
-    """Return what answers cost, from their recorded times.
-
-    Captions alone decide (a yes/no answer is nearly all prompt); where there are none, all answers do.
-
-    Returns
-    -------
-    dict
-        ``tokens``, ``seconds`` (wall time of the batches, shared out to their samples) and ``ms_per_token``.
-    """
-    timed = [answer for answer in answers if answer.task == "caption"] or answers
-    seconds = math.fsum(answer.seconds for answer in timed)
-    tokens = sum(answer.tokens for answer in timed)
-    return {
-        "tokens": float(tokens),
-        "seconds": seconds,
-        "ms_per_token": 1000.0 * seconds / tokens if tokens else math.nan,
-    }

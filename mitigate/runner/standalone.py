@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mitigate.records import RunRecord, read_samples
 from mitigate.report import choose_examples
 from mitigate.runner.folder import claim, is_first_process, refuse_comparison
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
 from mitigate.runner.single import ModelCache, run_stack
+from mitigate.runner.stored import StoredRun, graded_answers
 from mitigate.runner.tracking import track
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mitigate.compose import ResolvedRun
+    from mitigate.records import RunRecord
     from mitigate.trackers.base import Tracker
 
 TESTBED_NOTE = "The testbed is a small test bench, not evidence about large models."
@@ -65,12 +66,23 @@ def run(resolved: ResolvedRun, run_dir: Path, *, console: Console, tracker: Trac
 def _show(resolved: ResolvedRun, record: RunRecord, run_dir: Path, console: Console, tracker: Tracker) -> None:
     """Track a finished run, and say what is to be said about it."""
     stack = resolved.stack_name
-    answers = {stack: {sample.id: sample for sample in read_samples(run_dir)}}
-    data = summarise(run_dir.name, [resolved], {stack: record}, answers, notes=notes_of([resolved]))
-    examples = choose_examples(resolved.benchmark, resolved.benchmark.samples(), answers)
-    lines = [f"! {note}" for note in data["stacks"][stack]["notes"]]
+    own = stored(resolved, record, run_dir)
+    data = summarise(run_dir.name, [own], notes=notes_of([resolved]))
+    examples = choose_examples(resolved.benchmark, resolved.benchmark.samples(), {stack: own.answers})
+    lines = [f"! {note}" for kind in ("warnings", "notes") for note in data["stacks"][stack][kind]]
     for line in [*lines, *track(tracker, data, [resolved], {stack: record}, examples, run_dir), *data["notes"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def stored(resolved: ResolvedRun, record: RunRecord, run_dir: Path) -> StoredRun:
+    """Return a run that has just finished as it lies on disk."""
+    return StoredRun(
+        directory=run_dir,
+        stack=resolved.stack_name,
+        record=record,
+        benchmark=resolved.benchmark,
+        answers=graded_answers(resolved.benchmark, run_dir),
+    )
 
 
 def configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:

@@ -237,6 +237,7 @@ def resolved(
         "stack": stack,
         "stacks": [],
         "seed": 0,
+        "on_error": "stop",
         "runs_dir": "runs",
         "name": None,
     }
