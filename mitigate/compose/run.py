@@ -160,7 +160,7 @@ def _build(
     built = {key: values.build() for key, values in decided.items()}
     facts = facts_of(config["model"])
     check_stack(built, facts, config)
-    del config["model"]["tuned"]
+    del config["model"]["tuned"], config["reproduction"]
     config |= {"stack": name, "stacks": []}
     provenance = {
         key: origins.get(key, DEFAULT) for key in flatten(config) if key != "stacks" and not key.startswith("methods")

@@ -103,7 +103,7 @@ def test_no_value_repeats_a_default(file: Path) -> None:
         defaults |= {f"benchmark.{key}": value for key, value in defaults_of(benchmarks().get(name)).items()}
     for name in methods().names():
         defaults |= {f"methods.{name}.{key}": value for key, value in defaults_of(methods().get(name)).items()}
-    content = {key: value for key, value in read(file).items() if key not in ("defaults", "tuned")}
+    content = {key: value for key, value in read(file).items() if key not in ("defaults", "tuned", "reproduction")}
     prefix = "" if file.parts[0] in ("stack", "experiment") else file.parts[0]
     for key, value in flatten(content, prefix).items() if content else ():
         if key.endswith(".preset"):
