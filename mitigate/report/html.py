@@ -1,164 +1,174 @@
-"""``report.html``: one page without scripts and outside resources; pictures, plots and styles are inside it."""
+"""``report.html``: one page with its pictures, plots, style and script inside it, and nothing from outside.
+
+A model's answers, prompts and names of files and stacks are not trusted: the template escapes them, and the page's
+content security policy lets nothing run but the one script whose hash it names.
+"""
 
 from __future__ import annotations
 
 import base64
-import io
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from mitigate.jsonfiles import write_text
+from mitigate.report.pictures import Album, Thumbnail, collect
 from mitigate.report.plots import cost_plot, difference_plot
-from mitigate.runner.table import Column, columns, footnotes, number, units
+from mitigate.report.provenance import config_text, provenance
+from mitigate.report.samples import Choice, ShownSample
+from mitigate.report.sentences import sentences
+from mitigate.report.tables import (
+    breakdown_tables,
+    cost_table,
+    difference_tables,
+    headline_tables,
+    mcnemar_table,
+    metric_tables,
+)
+from mitigate.runner.table import footnotes, number
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from mitigate.report.examples import Example
-
-#: Pictures are shown at about this many pixels; small ones are enlarged without smoothing.
-SHOWN_PIXELS = 256
+    from mitigate.benchmarks.base import Benchmark
 
 
-def write_report(path: Path, comparison: Mapping[str, Any], examples: Sequence[Example], *, command: str = "") -> None:
-    """Write the report of a comparison.
+@dataclass(frozen=True)
+class Sheet:
+    """A picture with the samples about it that follow each other, numbered over the page."""
+
+    image_id: str
+    pictures: Sequence[Thumbnail]
+    samples: Sequence[tuple[int, ShownSample]]
+
+
+def render(
+    comparison: Mapping[str, Any],
+    choice: Choice,
+    benchmark: Benchmark | None = None,
+    *,
+    title: str = "",
+    command: str = "",
+) -> str:
+    """Return the page.
 
     Parameters
     ----------
-    path
-        File to write; replaced in one step.
     comparison
         Content of ``comparison.json``.
-    examples
-        Pictures to show, with every stack's marked replies.
+    choice
+        Samples of the browser.
+    benchmark
+        Brings the pictures; ``None`` leaves them out.
+    title
+        Heading; the comparison's name by default.
     command
         Command line that made it.
     """
-    write_text(path, render(comparison, examples, command=command))
-
-
-def render(comparison: Mapping[str, Any], examples: Sequence[Example], *, command: str = "") -> str:
-    """Return the report as HTML; everything that a model or a user wrote is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("mitigate.report", "."),
+        loader=PackageLoader("mitigate.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    made = columns(comparison)
-    sections = {section: [column for column in made if column.section == section] for section in _SECTIONS}
-    return environment.get_template("template.html.j2").render(
+    album = Album({}, {}) if benchmark is None else collect(benchmark, (sample.record for sample in choice.shown))
+    sheets = _sheets(choice, album)
+    numbered = [sample for sheet in sheets for _, sample in sheet.samples]
+    style, script = _part("style.css"), _part("browser.js")
+    page = environment.get_template("page.html.j2").render(
         c=comparison,
-        summary=summary(comparison),
-        sections=sections,
-        families=_families(sections["quality"], comparison["metrics"]),
+        title=title or comparison["name"],
+        summary=sentences(comparison),
+        headlines=headline_tables(comparison),
+        metrics=metric_tables(comparison),
+        differences=difference_tables(comparison),
+        mcnemar=mcnemar_table(comparison),
+        cost=cost_table(comparison),
         footnotes=footnotes(comparison),
-        differences=[
-            plot for name in comparison["headline"] if (plot := difference_plot(comparison, name)) is not None
-        ],
+        plots=[plot for name in comparison["headline"] if (plot := difference_plot(comparison, name)) is not None],
         tradeoff=cost_plot(comparison),
-        examples=[_example(example) for example in examples],
-        config=json.dumps(comparison["config"], indent=2, ensure_ascii=False),
-        command=command,
+        breakdowns=breakdown_tables(comparison),
+        choice=choice,
+        sheets=sheets,
+        album=album,
+        shows=_shows(comparison, numbered),
+        tasks=sorted({sample.record.task for sample in numbered}),
+        categories=_categories(numbered),
+        facts=_facts(comparison, numbered),
+        provenance=provenance(comparison, command),
+        config=config_text(comparison),
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+    )
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # an answer may hold half a surrogate pair
+
+
+def _part(name: str) -> str:
+    return files("mitigate.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Return a content security policy under which nothing is loaded, and nothing runs but this style and script."""
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (style, script)
+    )
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
-_NOT_CLEAR = "No difference beyond the 95 % interval"
-_UNCORRECTED = " (beyond the 95 % interval, uncorrected)"
-_SECTIONS = ("quality", "difference", "test", "cost", "effect")
+def _sheets(choice: Choice, album: Album) -> list[Sheet]:
+    """Put samples of one picture together, at the place of the first of them, and number them."""
+    first: dict[str, int] = {}
+    for place, sample in enumerate(choice.shown):
+        first.setdefault(sample.record.image_id, place)
+    ordered = sorted(choice.shown, key=lambda sample: first[sample.record.image_id])  # stable
+    sheets = []
+    for image_id, members in groupby(enumerate(ordered), key=lambda item: item[1].record.image_id):
+        sheets.append(Sheet(image_id, album.pictures.get(image_id, []), list(members)))
+    return sheets
 
 
-def _families(quality: Sequence[Column], metrics: Mapping[str, Any]) -> list[tuple[str, list[Column]]]:
-    """Split the quality columns into one table per family of metrics, each with its caption."""
-    families: dict[str, list[Column]] = {}
-    for column in quality:
-        family, _, part = column.group.partition("\n")
-        families.setdefault(family, []).append(replace(column, group=part))
-    return [(_caption(family, members, metrics), members) for family, members in families.items()]
+def _shows(comparison: Mapping[str, Any], samples: Sequence[ShownSample]) -> list[str]:
+    """Return what the samples can be filtered by; without a comparison nothing changed."""
+    compared = comparison["baseline"] is not None and len(comparison["stacks"]) > 1
+    failed = any("failed" in states for sample in samples for states in sample.states.values())
+    return ["all", *(["changed", "fixed", "broken"] if compared else []), *(["failed"] if failed else [])]
 
 
-def _caption(family: str, members: Sequence[Column], metrics: Mapping[str, Any]) -> str:
-    parts = [family, units([metrics[column.metric] for column in members])]
-    text = ": ".join(part for part in parts if part) or "Results"
-    return f"{text[0].upper()}{text[1:]}; with 95 % intervals (bootstrap over pictures)"
+def _categories(samples: Sequence[ShownSample]) -> dict[str, list[tuple[str, str]]]:
+    """Return breakdown -> value and text of its options."""
+    found: dict[str, set[str]] = {}
+    for sample in samples:
+        for name, category in sample.categories.items():
+            found.setdefault(name, set()).add(category)
+    return {name: [(_key(name, each), each) for each in sorted(members)] for name, members in found.items()}
 
 
-def summary(comparison: Mapping[str, Any]) -> list[str]:
-    """Say in one sentence per headline metric which stacks differ from the baseline beyond their interval."""
-    baseline = comparison["baseline"]
-    if baseline is None or len(comparison["stacks"]) < 2:
-        return []
-    sentences = []
-    for name in comparison["headline"]:
-        metric = comparison["metrics"][name]
-        unit = 100.0 if metric["percent"] else 1.0
-        value = comparison["stacks"][baseline]["metrics"][name]["value"]
-        groups: dict[str, list[str]] = {"Better": [], "Worse": [], "Different": [], _NOT_CLEAR: []}
-        for stack, data in comparison["stacks"].items():
-            difference = data["differences"].get(name)
-            if difference is None:
-                continue
-            verdict = _verdict(metric, difference)
-            groups[verdict].append(stack if verdict == _NOT_CLEAR else f"{stack} ({_amount(difference, unit)})")
-        shown = "undefined" if value is None else number(unit * value)
-        parts = [
-            f"{verdict}{'' if verdict == _NOT_CLEAR else _UNCORRECTED}: {', '.join(stacks)}."
-            for verdict, stacks in groups.items()
-            if stacks
-        ]
-        sentences.append(" ".join([f"{metric['title']} is {shown} with {baseline}.", *parts]))
-    return sentences
+def _key(name: str, category: str) -> str:
+    """Return one text for a breakdown's name and a category."""
+    return f"{name}={category}"
 
 
-def _amount(difference: Mapping[str, Any], unit: float) -> str:
-    """Return a difference, with what is left of its surprise when all stacks are counted."""
-    value, p = difference["value"], difference.get("p_holm")
-    parts = ["" if value is None else number(unit * value, sign=True)]
-    if p is not None and p == p:
-        parts.append(f"Holm-corrected p {'< 0.001' if p < 0.001 else f'= {number(p, 3)}'}")
-    return ", ".join(part for part in parts if part)
-
-
-def _verdict(metric: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
-    if not difference["excludes_zero"]:
-        return _NOT_CLEAR
-    if metric["higher_is_better"] is None:
-        return "Different"
-    return "Better" if (difference["value"] > 0) == metric["higher_is_better"] else "Worse"
-
-
-def _example(example: Example) -> dict[str, Any]:
-    """Return a picture and its replies; stacks with one and the same reply share a line."""
-    entries = []
-    for entry in example.entries:
-        lines: list[dict[str, Any]] = []
-        for stack, spans in entry.spans.items():
-            same = next((line for line in lines if line["spans"] == list(spans)), None)
-            if same is None:
-                lines.append({"stacks": [stack], "spans": list(spans)})
-            else:
-                same["stacks"].append(stack)
-        entries.append({"sample": entry.sample, "lines": lines})
+def _facts(comparison: Mapping[str, Any], samples: Sequence[ShownSample]) -> dict[str, Any]:
+    """Return what the filters need to know about every sample, in the order of the page."""
     return {
-        "image_id": example.image_id,
-        "pictures": [_picture(picture) for picture in example.pictures],
-        "entries": entries,
+        "stacks": list(comparison["stacks"]),
+        "baseline": comparison["baseline"],
+        "samples": [
+            {
+                "id": sample.record.id,
+                "task": sample.record.task,
+                "categories": [_key(name, category) for name, category in sample.categories.items()],
+                "states": {stack: list(states) for stack, states in sample.states.items()},
+            }
+            for sample in samples
+        ],
     }
-
-
-def _picture(picture: Image) -> dict[str, Any]:
-    """Return a picture as a data address; large photographs are scaled down, small ones left to the browser."""
-    shown = picture.convert("RGB")
-    if max(shown.size) > 2 * SHOWN_PIXELS:
-        shown.thumbnail((2 * SHOWN_PIXELS, 2 * SHOWN_PIXELS))
-    buffer = io.BytesIO()
-    shown.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"url": f"data:image/png;base64,{data}", "pixelated": max(picture.size) < SHOWN_PIXELS}

@@ -129,8 +129,7 @@ def _conclude(
     write_json(directory / "comparison.json", data)
     benchmark, answers = resolved[0].benchmark, {run.stack: run.answers for run in runs}
     examples = choose_examples(benchmark, benchmark.samples(), answers)
-    report = directory / "report.html"
-    write_report(report, data, examples, command=command)
+    (report,) = write_report(directory, data, runs, command=command)
     print_table(data, console)
     messages = track(tracker, data, resolved, records, examples, directory)
     messages.append(f"Report: {report} (open it in a browser: {report.resolve().as_uri()})")

@@ -91,7 +91,7 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
             group=_group(name, metric),
             title=_SHORT.get(metric["short"], metric["short"]),
             metric=name,
-            cells={stack: _value(metric, data["metrics"][name]) for stack, data in stacks.items()},
+            cells={stack: value_cell(metric, data["metrics"][name]) for stack, data in stacks.items()},
         )
         for name, metric in comparison["metrics"].items()
     ]
@@ -103,7 +103,7 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
                 title=comparison["metrics"][name]["title"],
                 inline=True,
                 cells={
-                    stack: _difference(comparison["metrics"][name], data["differences"].get(name))
+                    stack: difference_cell(comparison["metrics"][name], data["differences"].get(name))
                     for stack, data in stacks.items()
                 },
             )
@@ -132,7 +132,7 @@ def _tests(comparison: Mapping[str, Any]) -> list[Column]:
             group="p, Holm",
             title=comparison["metrics"][name]["title"],
             cells={
-                stack: Cell(text=_p(data["differences"][name]["p_holm"]) if name in data["differences"] else "")
+                stack: Cell(text=p_text(data["differences"][name]["p_holm"]) if name in data["differences"] else "")
                 for stack, data in stacks.items()
             },
         )
@@ -140,13 +140,14 @@ def _tests(comparison: Mapping[str, Any]) -> list[Column]:
     ]
     if any(data["mcnemar"] for data in stacks.values()):
         cells = {
-            stack: Cell(text=_p(data["mcnemar"]["p"]) if data["mcnemar"] else "") for stack, data in stacks.items()
+            stack: Cell(text=p_text(data["mcnemar"]["p"]) if data["mcnemar"] else "") for stack, data in stacks.items()
         }
         made.append(Column(section="test", group="p, McNemar", title="yes/no", cells=cells))
     return made
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """Format a p-value; very small ones by their bound."""
     return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
 
 
@@ -219,13 +220,15 @@ def _scale(metric: Mapping[str, Any]) -> float:
     return 100.0 if metric["percent"] else 1.0
 
 
-def _value(metric: Mapping[str, Any], interval: Mapping[str, float | None]) -> Cell:
+def value_cell(metric: Mapping[str, Any], interval: Mapping[str, float | None]) -> Cell:
+    """Return a metric's value with its interval."""
     factor = _scale(metric)
     value, low, high = (_times(interval[key], factor) for key in ("value", "low", "high"))
     return Cell(text=number(value), interval="" if low is None else f"[{number(low)}, {number(high)}]")
 
 
-def _difference(metric: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Cell:
+def difference_cell(metric: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Cell:
+    """Return a paired difference with its interval, starred where that excludes zero; empty where there is none."""
     if difference is None:
         return Cell(text="")
     factor = _scale(metric)
