@@ -30,6 +30,8 @@ ALLOWED = {
     "wandb": ("trackers",),
     "rich": ("cli", "runner", "report", "testbed"),
     "matplotlib": ("diagnostics",),
+    "pooch": ("data",),
+    "openai": ("judges",),
     "pytest": ("testing",),
 }
 #: Parts of the project a folder must not import.
@@ -51,6 +53,7 @@ FORBIDDEN = {
     "adapters": ("benchmarks", "cli", "compose", "methods", "runner"),
     "benchmarks": ("adapters", "cli", "compose", "core", "methods", "runner"),
     "metrics": ("adapters", "cli", "compose", "core", "methods", "runner"),
+    "judges": ("adapters", "benchmarks", "cli", "compose", "core", "methods", "report", "runner", "trackers"),
     "compose": ("adapters", "cli", "report", "runner", "trackers"),
     "testbed": ("cli", "compose", "methods", "runner"),
     "trackers": ("cli", "compose", "methods", "runner"),

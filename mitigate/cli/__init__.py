@@ -21,6 +21,7 @@ COMMANDS = {
     "diagnose": "mitigate.cli.diagnosing:diagnose",
     "trace": "mitigate.cli.tracing:trace",
     "list": "mitigate.cli.listing:show",
+    "data": "mitigate.cli.data:data",
     "check": "mitigate.cli.checking:check",
     "new": "mitigate.cli.creating:new",
     "testbed": "mitigate.cli.testbed:testbed",
@@ -40,6 +41,7 @@ Commands
   diagnose  watch the model while it answers, and hold what is seen against the ground truth of every token
   trace     answer one question about one picture and show what every method did, step by step
   plan      print what a stack would do: points, layers, order, every value and where it came from
+  data      get and check the files a benchmark needs       (data list | data fetch NAME | data check NAME)
   list      list methods, models, metrics, stacks, ... and who brings them   (--json for everything, with parameters)
   check     see whether a method keeps the contract, on tiny random models
   new       write a package of your own with a new method   (new method NAME)
