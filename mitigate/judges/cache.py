@@ -1,0 +1,233 @@
+"""Verdicts on disk: every one is written down the moment it is given, and nothing is asked twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Self
+
+from mitigate.errors import DataError, MitigateError
+from mitigate.jsonfiles import content_hash, refused
+from mitigate.judges.client import Judge, Message, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from mitigate.records import SampleRecord
+
+    Ask = Callable[[SampleRecord], list[Message]]
+    Report = Callable[[int, int], None]
+
+CACHE: Final = "judgements.jsonl"
+"""Name of the file of verdicts in a run's folder."""
+
+_Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One line of the file.
+
+    Parameters
+    ----------
+    id
+        The sample.
+    messages
+        sha256 of what was asked.
+    model
+        The model that was asked for.
+    judge
+        The model that answered, as the server reports it.
+    url
+        The endpoint.
+    reply
+        What the judge said, word for word.
+    time
+        When, ISO, UTC.
+    """
+
+    id: str
+    messages: str
+    model: str
+    judge: str
+    url: str
+    reply: str
+    time: str
+
+    @property
+    def key(self) -> _Key:
+        """What must be the same for a verdict to be used again."""
+        return self.id, self.messages, self.model
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Self:
+        """Read a line; `ValueError` if it is none."""
+        data = json.loads(line)
+        if not isinstance(data, dict) or set(data) != {item.name for item in dataclasses.fields(cls)}:
+            raise ValueError("its keys are not those of a verdict")
+        if odd := [name for name, value in data.items() if not isinstance(value, str)]:
+            raise ValueError(f"{odd[0]!r} is no text")
+        return cls(**data)
+
+
+def verdicts(
+    records: Sequence[SampleRecord],
+    ask: Ask,
+    judge: Judge,
+    cache: Path,
+    report: Report | None = None,
+) -> dict[str, str]:
+    """Return what a judge says about each answer, by sample id, in the order of the records.
+
+    Parameters
+    ----------
+    records
+        Answers; those that failed are not judged.
+    ask
+        Writes the judge's messages for an answer.
+    judge
+        Whom to ask; not contacted if the cache knows everything.
+    cache
+        File of verdicts, made if missing. A verdict is used again for the same sample, messages and model.
+    report
+        Called with how many are judged and how many there are.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the judge does not answer (`Judge.reply`); what it said before is in the cache.
+    DataError
+        If the cache is damaged or cannot be written.
+    """
+    return {key: found.text for key, found in _replies(records, ask, judge, cache, report).items()}
+
+
+def graded(
+    records: Sequence[SampleRecord],
+    ask: Ask,
+    judge: Judge,
+    cache: Path,
+    report: Report | None = None,
+) -> list[SampleRecord]:
+    """Return the records with the judge's reply (``judge_reply``) and its name (``judge``) in their ``meta``.
+
+    As `verdicts`; records that failed stay as they are.
+    """
+    found = _replies(records, ask, judge, cache, report)
+    return [
+        dataclasses.replace(
+            record, meta={**record.meta, "judge_reply": found[record.id].text, "judge": found[record.id].judge}
+        )
+        if record.id in found
+        else record
+        for record in records
+    ]
+
+
+def _replies(
+    records: Sequence[SampleRecord],
+    ask: Ask,
+    judge: Judge,
+    cache: Path,
+    report: Report | None,
+) -> dict[str, Reply]:
+    questions = {record.id: ask(record) for record in records if record.error is None}
+    keys = {name: (name, content_hash(messages), judge.model) for name, messages in questions.items()}
+    known = _read(cache)
+    missing = [name for name, key in keys.items() if key not in known]
+    done = len(keys) - len(missing)
+    if report:
+        report(done, len(keys))
+    if missing:
+        with _Appender(cache) as file:
+            for name, reply in _answers(judge, {name: questions[name] for name in missing}):
+                file.append(_judgement(keys[name], judge, reply))
+                known[keys[name]] = reply
+                done += 1
+                if report:
+                    report(done, len(keys))
+    return {name: known[key] for name, key in keys.items()}
+
+
+def _answers(judge: Judge, questions: Mapping[str, list[Message]]) -> Iterator[tuple[str, Reply]]:
+    """Yield answers as they come; after a failure nothing more is asked, but what is under way is waited for."""
+    failure: MitigateError | None = None
+    with ThreadPoolExecutor(judge.parallel) as pool:
+        asked = {pool.submit(judge.reply, messages): name for name, messages in questions.items()}
+        try:
+            for future in as_completed(asked):
+                if future.cancelled():
+                    continue
+                try:
+                    reply = future.result()
+                except MitigateError as error:
+                    failure = failure or type(error)(f"sample {asked[future]!r}: {error}")
+                    for other in asked:
+                        other.cancel()
+                else:
+                    yield asked[future], reply
+        finally:  # also when the disk is full, or somebody interrupts
+            for other in asked:
+                other.cancel()
+    if failure:
+        raise failure
+
+
+def _judgement(key: _Key, judge: Judge, reply: Reply) -> Judgement:
+    name, messages, model = key
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Judgement(
+        id=name, messages=messages, model=model, judge=reply.judge, url=judge.url, reply=reply.text, time=now
+    )
+
+
+def _read(path: Path) -> dict[_Key, Reply]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is nothing, or a torn line
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    known: dict[_Key, Reply] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = Judgement.from_line(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}:{number}: no verdict of a judge ({error}); delete the line, and its sample is judged again"
+            ) from None
+        known.setdefault(found.key, Reply(found.reply, found.judge))
+    return known
+
+
+class _Appender:
+    """Appends verdicts to a file, on the disk before `append` returns; a torn last line is cut off first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Self:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+            self._file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+        except OSError as error:
+            raise refused(self._path, error) from error
+        return self
+
+    def append(self, judgement: Judgement) -> None:
+        line = json.dumps(dataclasses.asdict(judgement)).encode("ascii") + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the disk took only a part of the line")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise refused(self._path, error) from error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._file.close()
