@@ -2,5 +2,8 @@
 
 from __future__ import annotations
 
-BUILTIN: dict[str, str] = {"testbed": "mitigate.benchmarks.testbed:Testbed"}
+BUILTIN: dict[str, str] = {
+    "pope": "mitigate.benchmarks.pope:Pope",
+    "testbed": "mitigate.benchmarks.testbed:Testbed",
+}
 """Registered name -> ``module:class`` of the benchmarks that come with the project."""

@@ -43,7 +43,7 @@ class Testbed(Benchmark):
     tasks
         Any of ``chair`` and ``pope``.
     parser
-        How yes/no replies are read: ``strict`` or ``official`` (`mitigate.metrics.pope`).
+        How yes/no replies are read: ``official``, ``opera``, ``vcd`` or ``strict`` (`mitigate.metrics.yes_no`).
     """
 
     __test__: ClassVar[bool] = False  # pytest takes classes called Test... for tests
@@ -123,21 +123,24 @@ class Testbed(Benchmark):
 
     def correct(self, record: SampleRecord) -> bool | None:
         """Return whether a yes/no reply is right; ``None`` for captions."""
-        return parse(record.text, self.parser) == self.truth(record, "label") if record.task == "yes_no" else None
+        return self._right(record, record.text) if record.task == "yes_no" else None
 
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark object words as right or hallucinated; a wrong yes/no reply is marked hallucinated as a whole."""
         from mitigate.testbed.language import OBJECT_WORDS
 
         if sample.task == "yes_no":
-            right = parse(text, self.parser) == self.truth(sample, "label")
-            return [Span(text, "correct" if right else "hallucinated")] if text else []
+            return [Span(text, "correct" if self._right(sample, text) else "hallucinated")] if text else []
         spans, end = [], 0
         for mention in mentions(text, OBJECT_WORDS):
             kind: SpanKind = "correct" if mention.name in self.truth(sample, "objects") else "hallucinated"
             spans += [Span(text[end : mention.start]), Span(text[mention.start : mention.end], kind)]
             end = mention.end
         return [span for span in [*spans, Span(text[end:])] if span.text]
+
+    def _right(self, sample: Sample | SampleRecord, text: str) -> bool:
+        label = self.truth(sample, "label")
+        return bool(parse(text, self.parser, label) == label)
 
     def boxes(self, sample: Sample | SampleRecord) -> Mapping[str, Sequence[Box]]:
         """Return the glyph of every thing in the scene."""

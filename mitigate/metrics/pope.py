@@ -1,21 +1,20 @@
 """POPE: yes/no questions about objects, with the parser as a named choice because it alone moves the score.
 
-``strict``: exactly one of the words "yes" and "no" occurs; anything else is no answer and counts as wrong.
-``official``: the rule of the benchmark's own script: up to the first full stop, without commas, any of the
-space-separated tokens ``No``, ``no``, ``not`` means no, and everything else, also an empty reply, means yes.
+What a reply means is up to the parser (`mitigate.metrics.yes_no`); the numbers are the same for all of them. "yes" is
+the positive class. A reply that is no answer (``strict`` only) is wrong, and it is not a "yes".
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
 from mitigate.errors import ConfigError, DataError
 from mitigate.metrics.base import Array, Metric, Scorer, divide, ratio
+from mitigate.metrics.yes_no import PARSERS, Answer, parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,37 +22,21 @@ if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
     from mitigate.records import SampleRecord
 
-Answer = Literal["yes", "no"]
-Parser = Literal["strict", "official"]
-PARSERS: Final[tuple[str, ...]] = get_args(Parser)
+__all__ = ["PARSERS", "SPLITS", "Answer", "Pope", "columns", "parse", "pope_counts", "pope_metrics"]
+
 SPLITS: Final = ("adversarial", "popular", "random")
 _COUNTS: Final = ("questions", "correct", "said_yes", "positives", "true_positives")
+_ALL: Final = ("pope/questions", "pope/unparsed", "pope/words")
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
-
-def parse(text: str, parser: str = "strict") -> Answer | None:
-    """Read a reply as yes or no; ``None`` if it is neither (``strict`` only).
-
-    Raises
-    ------
-    ConfigError
-        If there is no such parser.
-    """
-    if parser == "strict":
-        words = {match.group().lower() for match in _WORD.finditer(text)}
-        if ("yes" in words) == ("no" in words):
-            return None
-        return "yes" if "yes" in words else "no"
-    if parser == "official":
-        tokens = text.split(".")[0].replace(",", "").split(" ")
-        return "no" if {"No", "not", "no"}.intersection(tokens) else "yes"
-    raise ConfigError(f"unknown answer parser {parser!r}; it must be one of {', '.join(PARSERS)}")
+@lru_cache(maxsize=64)
+def _names(split: str) -> tuple[str, ...]:
+    return tuple(f"pope/{split}/{count}" for count in _COUNTS)
 
 
 def columns(splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
     """Return the count columns of these POPE splits."""
-    return (*(f"pope/{split}/{count}" for split in splits for count in _COUNTS), "pope/questions", "pope/unparsed")
+    return (*(name for split in splits for name in _names(split)), *_ALL)
 
 
 def pope_counts(text: str, label: str, split: str, parser: str = "strict") -> dict[str, float]:
@@ -77,63 +60,74 @@ def pope_counts(text: str, label: str, split: str, parser: str = "strict") -> di
     """
     if label not in ("yes", "no"):
         raise DataError(f"a POPE label must be yes or no, but is {label!r}")
-    answer = parse(text, parser)
-    counts = (1, answer == label, answer == "yes", label == "yes", answer == label == "yes")
-    row = {f"pope/{split}/{name}": float(count) for name, count in zip(_COUNTS, counts, strict=True)}
-    return row | {"pope/questions": 1.0, "pope/unparsed": float(parse(text, "strict") is None)}
+    clear = parse(text, "strict")
+    answer = clear if parser == "strict" else parse(text, parser, label)
+    yes, positive = answer == "yes", label == "yes"
+    counts = (1.0, float(answer == label), float(yes), float(positive), float(yes and positive))
+    row = dict(zip(_names(split), counts, strict=True))
+    row.update(zip(_ALL, (1.0, float(clear is None), float(len(text.split()))), strict=True))
+    return row
 
 
-def _f1(said_yes: Array, positives: Array, true_positives: Array) -> Array:
+def _f1(sums: Array) -> Array:
     # 2PR/(P+R) without its removable zero divisions: 0 if no yes is right, undefined if there is nothing to find.
-    return divide(2 * true_positives, said_yes + positives)
+    return divide(2 * sums[..., 2], sums[..., 0] + sums[..., 1])
 
 
 def _split_metrics(split: str) -> list[Metric]:
-    column = {count: f"pope/{split}/{count}" for count in _COUNTS}
-    questions = column["questions"]
+    questions, correct, said_yes, positives, hits = _names(split)
+    name, title = f"pope/{split}", f"POPE {split}"
     return [
-        ratio(f"pope/{split}/accuracy", f"POPE {split} accuracy", column["correct"], questions, higher_is_better=True),
+        ratio(f"{name}/accuracy", f"{title} accuracy", correct, questions, higher_is_better=True),
+        ratio(f"{name}/precision", f"{title} precision", hits, said_yes, higher_is_better=True, empty=0.0),
+        ratio(f"{name}/recall", f"{title} recall", hits, positives, higher_is_better=True, empty=0.0),
         Metric(
-            name=f"pope/{split}/f1",
-            title=f"POPE {split} F1",
-            columns=(column["said_yes"], column["positives"], column["true_positives"]),
-            compute=lambda sums: _f1(sums[..., 0], sums[..., 1], sums[..., 2]),
+            name=f"{name}/f1",
+            title=f"{title} F1",
+            columns=(said_yes, positives, hits),
+            compute=_f1,
             higher_is_better=True,
+            empty=0.0,
         ),
-        ratio(f"pope/{split}/yes_rate", f"POPE {split} yes-rate", column["said_yes"], questions),
+        ratio(f"{name}/yes_rate", f"{title} yes-rate", said_yes, questions),
     ]
 
 
-def _mean(parts: Sequence[Metric]) -> Metric:
-    widths = [len(part.columns) for part in parts]
-    ends = np.cumsum(widths)
+def _mean(parts: Sequence[Metric], splits: Sequence[str]) -> Metric:
+    """Average a metric over the splits that are asked; where one is asked but undefined, it counts as it is shown."""
+    ends = np.cumsum([len(part.columns) for part in parts])
     statistic = parts[0].name.rsplit("/", 1)[1]
 
     def compute(sums: Array) -> Array:
-        each = [
-            part.compute(sums[..., end - width : end]) for part, width, end in zip(parts, widths, ends, strict=True)
-        ]
-        total: Array = np.stack(each).mean(axis=0)
-        return total
+        each = [part.compute(sums[..., end - len(part.columns) : end]) for part, end in zip(parts, ends, strict=True)]
+        asked = sums[..., ends[-1] :] > 0
+        values = np.where(asked, np.nan_to_num(np.stack(each, axis=-1), nan=0.0), 0.0)
+        return divide(values.sum(axis=-1), asked.sum(axis=-1))
 
     return Metric(
         name=f"pope/mean/{statistic}",
         title=f"POPE mean {parts[0].title.rsplit(' ', 1)[1]}",
-        columns=tuple(column for part in parts for column in part.columns),
+        columns=(*(column for part in parts for column in part.columns), *(_names(split)[0] for split in splits)),
         compute=compute,
         higher_is_better=parts[0].higher_is_better,
     )
 
 
 def pope_metrics(splits: Sequence[str] = SPLITS) -> list[Metric]:
-    """Return accuracy, F1 of "yes" and yes-rate per split, their means over the splits, and ``unparsed_rate``.
+    """Return the metrics of every split, their means over the splits, ``unparsed_rate`` and mean words per reply.
 
-    A reply that is no answer counts as wrong in the accuracy and as "did not say yes" in F1 and yes-rate.
+    Those of a split are accuracy, precision, recall, F1 and yes-rate. A number whose denominator is zero, where the
+    official script fails, is 0.
     """
     per_split = [_split_metrics(split) for split in splits]
-    means = [_mean(parts) for parts in zip(*per_split, strict=True)]
-    unparsed = ratio("unparsed_rate", "Unparsed", "pope/unparsed", "pope/questions", higher_is_better=False)
-    return [*(metric for metrics in per_split for metric in metrics), *means, unparsed]
+    means = [_mean(parts, splits) for parts in zip(*per_split, strict=True)]
+    questions, unparsed, words = _ALL
+    return [
+        *(metric for metrics in per_split for metric in metrics),
+        *means,
+        ratio("unparsed_rate", "Unparsed", unparsed, questions, higher_is_better=False),
+        ratio("pope/words", "POPE words", words, questions, percent=False, unit="words"),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +137,26 @@ class Pope(Scorer):
     Parameters
     ----------
     parser
-        How replies are read: ``strict`` or ``official``.
+        How replies are read: ``official``, ``opera``, ``vcd`` or ``strict``.
+    splits
+        Splits to score.
     """
 
     name: ClassVar[str] = "pope"
-    summary: ClassVar[str] = "yes/no questions about objects: accuracy, F1, yes-rate"
+    summary: ClassVar[str] = "yes/no questions about objects: accuracy, precision, recall, F1, yes-rate"
 
     parser: str = "strict"
+    splits: tuple[str, ...] = SPLITS
+
+    def __post_init__(self) -> None:
+        """Check the parameters; splits may come as a list."""
+        object.__setattr__(self, "splits", tuple(self.splits))
+        if self.parser not in PARSERS:
+            raise ConfigError(f"unknown answer parser {self.parser!r}; it must be one of {', '.join(PARSERS)}")
 
     def metrics(self) -> list[Metric]:
         """Return the metrics of `pope_metrics`."""
-        return pope_metrics()
+        return pope_metrics(self.splits)
 
     def score(self, record: SampleRecord, benchmark: Benchmark) -> Mapping[str, float]:
         """Count a reply once for every split that asks its question; other answers are not counted.
@@ -161,11 +164,28 @@ class Pope(Scorer):
         Raises
         ------
         DataError
-            If the record lacks its ground truth.
+            If the record lacks its ground truth, or belongs to another split.
         """
         if record.task != "yes_no":
             return {}
-        counts: Counter[str] = Counter()
+        total: dict[str, float] = {}
+        label = benchmark.truth(record, "label")
         for split in benchmark.truth(record, "pope"):
-            counts.update(pope_counts(record.text, benchmark.truth(record, "label"), split, self.parser))
-        return counts
+            if split not in self.splits:
+                raise DataError(f"sample {record.id!r} is of the split {split!r}; scored are {', '.join(self.splits)}")
+            for column, amount in pope_counts(record.text, label, split, self.parser).items():
+                total[column] = total.get(column, 0.0) + amount
+        return total
+
+    def warnings(self, sums: Mapping[str, float]) -> list[str]:
+        """Name the splits where the official script would divide by zero."""
+        found = []
+        for split in self.splits:
+            questions, _, said_yes, positives, hits = (sums.get(name, 0.0) for name in _names(split))
+            if questions and not said_yes:
+                found.append(f"pope/{split}: no reply means yes, so precision is undefined and shown as 0, as is F1")
+            if questions and not positives:
+                found.append(f"pope/{split}: no question's answer is yes, so recall is undefined and shown as 0")
+            if said_yes and positives and not hits:
+                found.append(f"pope/{split}: no yes is right, so F1 is 0 (the official script divides by zero)")
+        return found

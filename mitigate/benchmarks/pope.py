@@ -1,0 +1,239 @@
+"""POPE: is there a dog in the image? Half of the objects asked for are not there."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from mitigate.benchmarks.base import Benchmark, Sample, Span
+from mitigate.data import Source, data_folder, read_rows, require_file
+from mitigate.errors import DataError
+from mitigate.metrics.pope import Pope as PopeScorer
+from mitigate.metrics.yes_no import PARSERS, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from mitigate.metrics.base import Scorer
+    from mitigate.records import SampleRecord
+
+SPLITS: Final = ("random", "popular", "adversarial")
+_FILES: Final = {
+    "coco": "coco_pope_{}.json",
+    "aokvqa": "aokvqa_pope_seem_{}.json",
+    "gqa": "gqa_pope_seem_{}.json",
+}
+_PICTURES: Final = {"coco": ("coco", "val2014"), "aokvqa": ("coco", "val2014"), "gqa": ("gqa", "images")}
+_OBJECT = re.compile(r"Is there an? (.+) in the im\w+\?")  # older files spell it "imange"
+_KEYS: Final = ("question_id", "image", "text", "label")
+
+_REPOSITORY: Final = "https://raw.githubusercontent.com/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output"
+_SHA256: Final = {
+    ("coco", "random"): "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994",
+    ("coco", "popular"): "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753",
+    ("coco", "adversarial"): "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
+    ("aokvqa", "random"): "f06eecde6d6ef4a00b95a7bbb510490708a09a6a67d952b59b8bdd33ac2c7200",
+    ("aokvqa", "popular"): "2ae5bedee3450cda52f9b033942c7b04a3917a86a110e859a66c1e41934c6ffd",
+    ("aokvqa", "adversarial"): "2ddd3bdfa0df7a77a2cb1765ed06ac5ed190b5a093aa405b96986e862e8cdac1",
+    ("gqa", "random"): "6ce488eade3770185034939fabfe742fa32ed369011c8d9c3ac77bc0c85abd94",
+    ("gqa", "popular"): "dd03f06a458dd216e83233160fbf6628af9c63c84b11e99599f4fc0304b3361d",
+    ("gqa", "adversarial"): "74e01b41d8308e2392e3b8d961167496ff3901c01100265d931a7a392f138a7a",
+}
+#: Versions that papers and other projects were measured with: their questions, or how many there are, differ.
+_OLDER: Final = {
+    ("coco", "random"): (
+        ("c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35", "of May 2023: 2910 rows, 144 'imange'"),
+        ("cb8dec967727fbee4b9cfadf9ba1ea9968515b12063efd313d0cf8b2b4230c86", "of 4 August 2023"),
+    ),
+    ("coco", "popular"): (
+        ("5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc", "of May 2023: 44 rows say 'imange'"),
+        ("eafca6ceff32c7bbb5b2845a00c6828ec8cbaf5e04f890d6902dc46b92f96076", "of 4 August 2023"),
+    ),
+    ("coco", "adversarial"): (
+        ("1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26", "of May 2023: 58 rows say 'imange'"),
+        ("412efc6fe25eb2604f2386d536bcf713dc88327cb20c36489b1f689f89617d04", "of 4 August 2023"),
+        ("207273ac3b7fdd04df206c6809b77a4e7f60360a730ade6b7e32804e8dd5602f", "of October 2023: 57 rows say 'imange'"),
+        ("185d7eb49958c882f15d46c51d5c0456fbd5efbf24c57ff8b7adc6648870c6ac", "of VCD: 57 rows say 'imange'"),
+    ),
+}
+
+
+def _sources() -> tuple[Source, ...]:
+    files = [
+        Source(
+            path=_FILES[dataset].format(split),
+            url=f"{_REPOSITORY}/{'coco' if dataset == 'coco' else f'seem/{dataset}'}/{_FILES[dataset].format(split)}",
+            sha256=_SHA256[dataset, split],
+            licence="MIT",
+            instruction=f"Put {_FILES[dataset].format(split)} of github.com/RUCAIBox/POPE into the folder pope.",
+            count=3000,
+            optional=dataset != "coco",
+            older=_OLDER.get((dataset, split), ()),
+        )
+        for dataset, split in _SHA256
+    ]
+    coco = Source(
+        path="../coco/val2014/",
+        url=None,
+        sha256=None,
+        licence="Flickr terms of each picture; see cocodataset.org",
+        instruction="Unpack http://images.cocodataset.org/zips/val2014.zip into the folder coco, beside pope, so that "
+        "coco/val2014/COCO_val2014_000000310196.jpg exists. POPE needs 500 of its 40,504 pictures.",
+        count=None,
+    )
+    gqa = Source(
+        path="../gqa/images/",
+        url=None,
+        sha256=None,
+        licence="see cs.stanford.edu/people/dorarad/gqa",
+        instruction="Unpack https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip into the folder gqa, beside "
+        "pope, so that gqa/images/2405722.jpg exists. POPE needs 500 of its pictures.",
+        count=None,
+        optional=True,
+    )
+    return (*files, coco, gqa)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pope(Benchmark):
+    """Six questions on each of 500 pictures and in each of three splits, which choose the absent objects.
+
+    Parameters
+    ----------
+    limit
+        Number of pictures, in the order of the files; all of them if not given.
+    dataset
+        ``coco``, ``aokvqa`` (its pictures are COCO's too) or ``gqa``.
+    splits
+        Any of ``random``, ``popular`` and ``adversarial``.
+    parser
+        How replies are read: ``official``, ``opera``, ``vcd`` or ``strict``.
+    prompt
+        What is asked; ``{question}`` stands for the question of the file.
+    answer_tokens
+        Most tokens a reply may have; ``null`` leaves it to the decoding configuration.
+    data_dir
+        Folder of the data; ``$MITIGATE_DATA`` or ``data`` if not given.
+    """
+
+    name: ClassVar[str] = "pope"
+    summary: ClassVar[str] = "POPE: yes/no questions about objects in COCO, A-OKVQA or GQA pictures"
+    sources: ClassVar[tuple[Source, ...]] = _sources()
+
+    dataset: str = "coco"
+    splits: tuple[str, ...] = SPLITS
+    parser: str = "official"
+    prompt: str = "{question}"
+    answer_tokens: int | None = 10
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the parameters; splits may come as a list."""
+        object.__setattr__(self, "splits", tuple(self.splits))
+        super().__post_init__()
+        self.require(self.dataset in _FILES, "dataset", f"be one of {', '.join(_FILES)}")
+        known = bool(self.splits) and set(self.splits) <= set(SPLITS) and len(set(self.splits)) == len(self.splits)
+        self.require(known, "splits", f"list some of {', '.join(SPLITS)}, each once")
+        self.require(self.parser in PARSERS, "parser", f"be one of {', '.join(PARSERS)}")
+        self.require("{question}" in self.prompt, "prompt", "contain {question}")
+        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+
+    def samples(self) -> list[Sample]:
+        """Return the questions split by split, in the order of their files."""
+        return [sample for split in self.splits for sample in self._split(split)]
+
+    def _split(self, split: str) -> list[Sample]:
+        path = require_file(data_folder(self.name, self.data_dir) / _FILES[self.dataset].format(split), self.name)
+        _name_version(path, _OLDER.get((self.dataset, split), ()))
+        samples: dict[str, Sample] = {}
+        pictures: dict[str, None] = {}
+        for line, row in read_rows(path):
+            _check(row, f"{path}:{line}")
+            pictures[row["image"]] = None
+            if self.limit is not None and len(pictures) > self.limit:
+                break
+            sample = self._sample(row, split)
+            if sample.id in samples:
+                raise DataError(f"{path}:{line}: the question_id {row['question_id']} is there twice; keep one row")
+            samples[sample.id] = sample
+        return list(samples.values())
+
+    def _sample(self, row: Mapping[str, Any], split: str) -> Sample:
+        meta = {"label": row["label"], "pope": [split]}
+        if found := _OBJECT.fullmatch(row["text"].strip()):
+            meta["object"] = found.group(1)
+        return Sample(
+            id=f"{split}/{row['question_id']}",
+            image_id=row["image"],
+            task="yes_no",
+            prompt=self.prompt.replace("{question}", row["text"]),
+            meta=meta,
+        )
+
+    def image_files(self, sample: Sample) -> list[Path]:
+        """Return the picture's file in the folder of COCO or GQA."""
+        name, folder = _PICTURES[self.dataset]
+        return [data_folder(name, self.data_dir) / folder / sample.image_id]
+
+    def aliases(self, sample: Sample) -> Sequence[str]:
+        """Return the question's number in its file."""
+        return (sample.id.partition("/")[2],)
+
+    def scorers(self) -> list[Scorer]:
+        """Return POPE's metrics of the chosen splits."""
+        return [PopeScorer(parser=self.parser, splits=self.splits)]
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Return the mean F1 and the mean accuracy of the splits."""
+        return ("pope/mean/f1", "pope/mean/accuracy")
+
+    def max_new_tokens(self, sample: Sample) -> int | None:
+        """Return `answer_tokens`."""
+        return self.answer_tokens
+
+    def correct(self, record: SampleRecord) -> bool:
+        """Return whether the reply, as the parser reads it, is right."""
+        return self._right(record, record.text)
+
+    def breakdowns(self, record: SampleRecord) -> Mapping[str, str]:
+        """Return the split, and the object that is asked for."""
+        known = {"object": record.meta["object"]} if "object" in record.meta else {}
+        return {"split": ", ".join(self.truth(record, "pope")), **known}
+
+    def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
+        """Mark the whole reply as right or wrong."""
+        return [Span(text, "correct" if self._right(sample, text) else "hallucinated")] if text else []
+
+    def _right(self, sample: Sample | SampleRecord, text: str) -> bool:
+        label = self.truth(sample, "label")
+        return bool(parse(text, self.parser, label) == label)
+
+
+def _check(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that lacks something, or whose answer is neither yes nor no."""
+    for key in _KEYS:
+        if key not in row:
+            raise DataError(f"{where}: the key {key!r} is missing; a row has {', '.join(_KEYS)}")
+        kinds = (str, int) if key == "question_id" else (str,)
+        if not isinstance(row[key], kinds) or isinstance(row[key], bool):
+            raise DataError(f"{where}: {key} must be text, not {row[key]!r:.60}")
+    if row["label"] not in ("yes", "no"):
+        raise DataError(f"{where}: the label must be yes or no, not {row['label']!r:.60}")
+    if not row["image"] or "/" in row["image"] or "\\" in row["image"]:
+        raise DataError(f"{where}: the image must be the name of a file, not {row['image']!r:.60}")
+
+
+def _name_version(path: Path, older: Sequence[tuple[str, str]]) -> None:
+    """Say so if the file is one of the versions whose numbers are not comparable with today's."""
+    name = dict(older).get(hashlib.sha256(path.read_bytes()).hexdigest())
+    if name is not None:
+        warnings.warn(
+            f"{path} is the version {name}; numbers differ from those of the current file "
+            "(`mitigate data fetch pope` gets it)",
+            stacklevel=2,
+        )
