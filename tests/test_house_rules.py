@@ -33,6 +33,7 @@ ALLOWED = {
     "pooch": ("data",),
     "openai": ("judges",),
     "pytest": ("testing",),
+    "scipy": ("statistics",),
 }
 #: Parts of the project a folder must not import.
 FORBIDDEN = {

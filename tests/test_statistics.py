@@ -73,7 +73,7 @@ def test_differences_equal_a_naive_paired_bootstrap() -> None:
 
 def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = intervals(make(1), [RATE], 100, 5)
-    monkeypatch.setattr("mitigate.statistics._CELLS_PER_CHUNK", 123)
+    monkeypatch.setattr("mitigate.statistics.resampling._CELLS_PER_CHUNK", 123)
     assert intervals(make(1), [RATE], 100, 5) == whole
 
 

@@ -100,7 +100,7 @@ def test_differences_share_their_images() -> None:
     first = stats.difference([0.0, 10.0], ["a", "b"], [2.0, 12.0], ["a", "b"], n=500)
     assert (first.value, first.low, first.high) == (2.0, 2.0, 2.0)
     assert first.p is not None
-    assert first.p < 0.01
+    assert 0.1 < first.p < 0.5  # two images prove nothing, however alike they are
     assert math.isnan(stats.difference([0.0], ["a"], [], [], n=200).value)
 
 
