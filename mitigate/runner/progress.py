@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from rich.console import Console
@@ -102,6 +103,19 @@ class StackProgress:
         if self._overall is not None:
             self._bars.update(self._overall, completed=self._finished)
         self._current = None
+
+    def grading(self, name: str) -> Callable[[int, int], None]:
+        """Return what a judge tells its progress to; the bar appears with the first verdict."""
+        seen = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal seen
+            if not seen:
+                self.begin(f"{name}, judged", total)
+            self.advance(done - seen)
+            seen = done
+
+        return report
 
     def skip(self) -> None:
         """Count a stack that needs no work."""

@@ -12,6 +12,7 @@ from mitigate.effects import effects, stack_effect, totals
 from mitigate.errors import DataError
 from mitigate.jsonfiles import to_json
 from mitigate.runner.breakdowns import break_down
+from mitigate.runner.stored import unit, units_that_failed
 from mitigate.statistics import holm, intervals, mcnemar, paired_differences, pool
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Answered:
     runs
         At least one; they differ in nothing but the seed.
     left_out
-        Clusters in which a sample of any stack failed.
+        What failed with any stack (`units_that_failed`).
     """
 
     runs: tuple[StoredRun, ...]
@@ -55,7 +56,7 @@ class Answered:
             (run.seed, key): record
             for run in self.runs
             for key, record in run.answers.items()
-            if record.error is None and self.benchmark.cluster(record) not in self.left_out
+            if unit(self.benchmark, record) not in self.left_out
         }
 
     @cached_property
@@ -79,9 +80,7 @@ def answered(runs: Sequence[StoredRun]) -> dict[str, Answered]:
     DataError
         If a stack has two runs with one seed, or nothing is left.
     """
-    left_out = frozenset(
-        run.benchmark.cluster(record) for run in runs for record in run.answers.values() if record.error is not None
-    )
+    left_out = frozenset().union(*(units_that_failed(run.benchmark, run.answers.values()) for run in runs))
     groups: dict[str, list[StoredRun]] = {}
     for run in runs:
         group = groups.setdefault(run.stack, [])
@@ -162,11 +161,11 @@ def _model(config: Mapping[str, Any]) -> str:
     return name if name == path else f"{name} ({path})"
 
 
-def _left_out(clusters: frozenset[str]) -> list[str]:
-    if not clusters:
+def _left_out(units: frozenset[str]) -> list[str]:
+    if not units:
         return []
-    many = f"{len(clusters)} pictures are" if len(clusters) > 1 else "1 picture is"
-    return [f"{many} left out of every stack's numbers because a sample of some stack failed there."]
+    many = f"{len(units)} samples are" if len(units) > 1 else "1 sample is"
+    return [f"{many} left out of every stack's numbers, because some stack failed there."]
 
 
 def _about(metric: Metric) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mitigate.runner.identity import changes_since, check_loaded_weights, check_
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.provenance import git_state, versions
 from mitigate.runner.results import timing
-from mitigate.runner.stored import graded_answers
+from mitigate.runner.stored import graded_answers, unit, units_that_failed
 from mitigate.statistics import intervals
 
 if TYPE_CHECKING:
@@ -149,14 +149,15 @@ def _finish(
             with suppress(DataError):  # a full disk: the first error is the one to tell
                 replace(record, status="failed").write(run_dir)
         raise
-    answers = graded_answers(resolved.benchmark, run_dir).values()
+    if not first:  # one process is enough to score, and to ask a judge
+        return replace(record, status="finished")
+    answers = graded_answers(resolved.benchmark, run_dir, progress.grading(resolved.stack_name)).values()
     if len(answers) != record.samples:
         raise DataError(
             f"{run_dir} has {len(answers)} of {record.samples} records although the run ended; run it again"
         )
     finished = _scored(resolved, replace(record, status="finished"), list(answers))
-    if first:
-        finished.write(run_dir)
+    finished.write(run_dir)
     return finished
 
 
@@ -168,12 +169,14 @@ def _scored(resolved: ResolvedRun, record: RunRecord, records: list[SampleRecord
     DataError
         If nothing was answered.
     """
-    answers = [answer for answer in records if answer.error is None]
+    left_out = units_that_failed(resolved.benchmark, records)
+    answers = [answer for answer in records if unit(resolved.benchmark, answer) not in left_out]
     if not answers:
-        raise DataError(f"all {len(records)} samples failed; the first one, {records[0].id!r}: {records[0].error}")
+        failed = next(answer for answer in records if answer.error is not None)
+        raise DataError(f"all {len(records)} samples failed; the first one, {failed.id!r}: {failed.error}")
     return replace(
         record,
-        failures=len(records) - len(answers),
+        failures=sum(answer.error is not None for answer in records),
         metrics=intervals(
             resolved.benchmark.counts(answers), resolved.benchmark.all_metrics(), seed=int(resolved.config["seed"])
         ),

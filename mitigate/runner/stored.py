@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,16 @@ class StoredRun:
     def failures(self) -> int:
         """Return how many samples failed."""
         return sum(record.error is not None for record in self.answers.values())
+
+
+def units_that_failed(benchmark: Benchmark, records: Iterable[SampleRecord]) -> frozenset[str]:
+    """Return what has to be left out because a sample failed: the sample, or its cluster in a grouped benchmark."""
+    return frozenset(unit(benchmark, record) for record in records if record.error is not None)
+
+
+def unit(benchmark: Benchmark, record: SampleRecord) -> str:
+    """Return the id of what counts or is left out as a whole with a record."""
+    return benchmark.cluster(record) if benchmark.grouped else record.id
 
 
 def graded_answers(
