@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mitigate.errors import ConfigError
 from mitigate.jsonfiles import write_json
 from mitigate.records import RunRecord
-from mitigate.report import choose_examples, write_report
+from mitigate.report import write_report
 from mitigate.runner.folder import claim, is_first_process, refuse_run
 from mitigate.runner.identity import check_same_run
 from mitigate.runner.progress import StackProgress
@@ -127,11 +127,9 @@ def _conclude(
     runs = [stored(item, records[item.stack_name], directory / item.stack_name) for item in resolved]
     data = summarise(directory.name, runs, notes=notes_of(resolved))
     write_json(directory / "comparison.json", data)
-    benchmark, answers = resolved[0].benchmark, {run.stack: run.answers for run in runs}
-    examples = choose_examples(benchmark, benchmark.samples(), answers)
     (report,) = write_report(directory, data, runs, command=command)
     print_table(data, console)
-    messages = track(tracker, data, resolved, records, examples, directory)
+    messages = track(tracker, data, runs, directory).lines
     messages.append(f"Report: {report} (open it in a browser: {report.resolve().as_uri()})")
     for message in messages:
         console.print(message, markup=False, highlight=False, soft_wrap=True)

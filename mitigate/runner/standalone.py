@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mitigate.report import choose_examples
 from mitigate.runner.folder import claim, is_first_process, refuse_comparison
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.results import summarise
@@ -68,9 +67,8 @@ def _show(resolved: ResolvedRun, record: RunRecord, run_dir: Path, console: Cons
     stack = resolved.stack_name
     own = stored(resolved, record, run_dir)
     data = summarise(run_dir.name, [own], notes=notes_of([resolved]))
-    examples = choose_examples(resolved.benchmark, resolved.benchmark.samples(), {stack: own.answers})
     lines = [f"! {note}" for kind in ("warnings", "notes") for note in data["stacks"][stack][kind]]
-    for line in [*lines, *track(tracker, data, [resolved], {stack: record}, examples, run_dir), *data["notes"]]:
+    for line in [*lines, *track(tracker, data, [own], run_dir).lines, *data["notes"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

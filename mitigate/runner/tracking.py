@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import DataError
 from mitigate.jsonfiles import content_hash, read_json, write_json
-from mitigate.report.examples import Example, hallucinated
+from mitigate.records import sample_files
+from mitigate.runner.sample_table import SampleTables
 from mitigate.trackers.base import TrackedRun, Tracker
+from mitigate.trackers.none import NoTracker
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mitigate.compose import ResolvedRun
-    from mitigate.records import RunRecord
+    from mitigate.runner.stored import StoredRun
 
-SAMPLE_COLUMNS = ("picture", "sample", "task", "prompt", "reply", "hallucinated")
+#: Files of a comparison, or of a single run, that are its report.
+_REPORT = ("comparison.json", "report.html", "report.md", "report.csv", "report.tex")
+_INFINITE = ("inf", "-inf")
+#: Files of a run besides its samples.
+_RECORDS = ("config.json", "record.json", "judgements.jsonl")
+
+
+@dataclass
+class Tracked:
+    """What came of tracking.
+
+    Parameters
+    ----------
+    lines
+        For the user: where the runs are, or what failed.
+    complete
+        Whether everything is now where it should be.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def track(
     tracker: Tracker,
     comparison: Mapping[str, Any],
-    resolved: Sequence[ResolvedRun],
-    records: Mapping[str, RunRecord],
-    examples: Sequence[Example],
+    runs: Sequence[StoredRun],
     directory: Path,
-) -> list[str]:
+    *,
+    stacks: Collection[str] | None = None,
+    force: bool = False,
+) -> Tracked:
     """Log every stack as one run of one group; results that were logged before are not logged again.
+
+    The first stack's run also gets the report. In a trial of a sweep everything belongs to one run, the last stack's.
 
     Parameters
     ----------
@@ -35,46 +61,92 @@ def track(
         Where to log.
     comparison
         Content of ``comparison.json``.
-    resolved, records
-        The stacks' runs and records.
-    examples
-        Pictures for the sample table.
+    runs
+        All runs of the comparison; those of one stack are logged as one.
     directory
         Folder of the comparison; ``tracked.json`` in it remembers what was logged where.
+    stacks
+        Log these only; ``None``: all.
+    force
+        Log also what was logged before.
 
     Returns
     -------
-    list of str
-        Lines for the user: where the runs are, or what failed. A tracker's failure is reported, never raised.
+    Tracked
+        A tracker's failure is reported in it, never raised.
     """
+    if isinstance(tracker, NoTracker):
+        return Tracked()
     memory = directory / "tracked.json"
-    destination = f"{tracker.name} {tracker.config.get('mode')} {tracker.config.get('project')}"
     tracked, lines = _remembered(memory)
-    known, places = tracked.setdefault(destination, {}), []
-    for item in resolved:
-        stack = item.stack_name
-        numbers = flat_numbers(comparison["stacks"][stack])
-        digest = content_hash([records[stack].created_at, numbers])
-        if known.get(stack) == digest:
+    known, places = tracked.setdefault(tracker.destination, {}), []
+    tables = SampleTables(runs, comparison["baseline"])
+    groups = {stack: [run for run in runs if run.stack == stack] for stack in comparison["stacks"]}
+    reporting = next(iter(groups))
+    if tracker.trial:
+        reporting = list(groups)[-1]
+        stacks = [reporting]
+    for stack, group in groups.items() if stacks is None else [(stack, groups[stack]) for stack in stacks]:
+        report = directory if stack == reporting else None
+        digest = _digest(comparison, group, whole=report is not None)
+        if known.get(stack) == digest and not force:
             continue
         try:
-            tracker.start(_described(item, records[stack], comparison, destination))
-            tracker.log(numbers)
-            tracker.table("samples", SAMPLE_COLUMNS, sample_rows(stack, examples))
-            place = tracker.finish()
+            place = _log(tracker, comparison, group, tables, report)
             if place is not None:
                 places.append(place)
                 known[stack] = digest
                 write_json(memory, tracked)
+        except KeyboardInterrupt:
+            tracker.give_up()
+            raise
         except Exception as error:  # whatever it is, the results are on disk and must stay usable
             tracker.give_up()
             reason = (str(error).splitlines() or ["no message"])[0]
-            return [
-                *lines,
+            failure = (
                 f"Tracking with {tracker.name} failed at stack {stack} ({type(error).__name__}: {reason}); "
-                "all results are recorded, run the same command again to track them",
-            ]
-    return [*lines, _say(tracker.name, places)] if places else lines
+                "all results are recorded, run the same command again to track them"
+            )
+            return Tracked([*lines, failure], complete=False)
+    return Tracked([*lines, *_said(tracker.name, places, tables)])
+
+
+def _log(
+    tracker: Tracker,
+    comparison: Mapping[str, Any],
+    group: Sequence[StoredRun],
+    tables: SampleTables,
+    report: Path | None,
+) -> str | None:
+    """Log one stack; returns where it is."""
+    stack, run = group[0].stack, _described(group, comparison)
+    tracker.start(run)
+    tracker.log(flat_numbers(comparison, stack))
+    tracker.table("samples", *tables.of(stack))
+    tracker.artifact(_artifact_name("records", stack, run.id[:8]), "records", _records(group))
+    if report is not None and (files := {name: report / name for name in _REPORT if (report / name).is_file()}):
+        tracker.artifact(_artifact_name("report", str(comparison["name"])), "report", files)
+    return tracker.finish()
+
+
+def _records(group: Sequence[StoredRun]) -> dict[str, Path]:
+    """Return the files of a stack's runs, in one folder per seed where there are several."""
+    files: dict[str, Path] = {}
+    for run in group:
+        below = f"seed-{run.seed}/" if len(group) > 1 else ""
+        there = [run.directory / name for name in _RECORDS if (run.directory / name).is_file()]
+        files |= {f"{below}{path.name}": path for path in [*there, *sample_files(run.directory)]}
+    return files
+
+
+def _artifact_name(*parts: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))[:128]
+
+
+def _digest(comparison: Mapping[str, Any], group: Sequence[StoredRun], *, whole: bool) -> str:
+    """Return what changes when a stack must be logged again; with the report, when anything of the comparison does."""
+    made = [run.record.created_at for run in group]
+    return content_hash([made, comparison if whole else flat_numbers(comparison, group[0].stack)])
 
 
 def _remembered(memory: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -88,46 +160,53 @@ def _remembered(memory: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     return {}, [f"{memory} was damaged and is written anew: every stack is tracked again."]
 
 
-def _described(item: ResolvedRun, record: RunRecord, comparison: Mapping[str, Any], destination: str) -> TrackedRun:
+def _described(group: Sequence[StoredRun], comparison: Mapping[str, Any]) -> TrackedRun:
+    first, record = group[0], group[0].record
+    about = ("versions", "git", "data_hash", "prompt_hash", "weights", "created_at", "provenance")
     return TrackedRun(
-        # The same whenever this stack is tracked there: a second try replaces the first one.
-        id=content_hash([destination, comparison["name"], item.stack_name, record.created_at])[:16],
-        name=item.stack_name,
+        # The same whenever this stack is tracked: a second try replaces the first one.
+        id=content_hash([comparison["name"], first.stack, [run.record.created_at for run in group]])[:16],
+        name=first.stack,
         group=comparison["name"],
-        config={**item.config, "versions": record.versions, "git": record.git, "data_hash": record.data_hash},
+        config={
+            **record.config,
+            "stack": first.stack,
+            "seeds": [run.seed for run in group],
+            **{key: getattr(record, key) for key in about},
+        },
         notes=" ".join(comparison["notes"]),
     )
 
 
-def _say(name: str, places: Sequence[str]) -> str:
-    return f"Tracked with {name}: {len(places)} run{'s' if len(places) > 1 else ''} in {places[0].rsplit('/', 1)[0]}"
+def _said(name: str, places: Sequence[str], tables: SampleTables) -> list[str]:
+    if not places:
+        return []
+    lines = [f"Tracked with {name}: {len(places)} run{'s' if len(places) > 1 else ''} in {places[0].rsplit('/', 1)[0]}"]
+    if tables.missing:
+        lines.append(f"{tables.missing} pictures could not be opened here and are missing from the sample tables")
+    return lines
 
 
-def flat_numbers(stack: Mapping[str, Any]) -> dict[str, float]:
-    """Return a stack's results as ``name -> number``; undefined ones are left out."""
-    flat: dict[str, float | None] = {}
+def flat_numbers(comparison: Mapping[str, Any], stack: str) -> dict[str, float]:
+    """Return a stack's results as ``name -> number``; undefined ones are left out.
+
+    A metric is ``NAME``, ``NAME/low``, ``NAME/high``; its difference to the baseline ``difference/NAME`` with
+    ``/low``, ``/high``, ``/p``, ``/p_holm``, ``/mde`` and whatever else belongs to it.
+    """
+    results = comparison["stacks"][stack]
+    flat: dict[str, Any] = {key: comparison[key] for key in ("n_images", "n_samples")}
+    flat["failures"] = results.get("failures", 0)
     for kind, prefix in (("metrics", ""), ("differences", "difference/")):
-        for name, interval in stack[kind].items():
-            flat[f"{prefix}{name}"] = interval["value"]
-            flat |= {f"{prefix}{name}/{end}": interval[end] for end in ("low", "high")}
-    flat |= {f"effect/{key}": value for key, value in stack["effects"].items() if isinstance(value, int | float)}
-    flat |= {f"cost/{key}": value for key, value in stack["cost"].items() if isinstance(value, int | float)}
-    for method, counters in stack["effects"]["methods"].items():
+        for name, parts in results[kind].items():
+            flat |= {f"{prefix}{name}{'' if key == 'value' else f'/{key}'}": part for key, part in parts.items()}
+    for kind, values in (
+        ("mcnemar", results["mcnemar"] or {}),
+        ("effect", results["effects"]),
+        ("cost", results["cost"]),
+    ):
+        flat |= {f"{kind}/{key}": value for key, value in values.items()}
+    flat |= {f"cost/seconds/{method}": seconds for method, seconds in results["cost"]["method_seconds"].items()}
+    for method, counters in results["effects"]["methods"].items():
         flat |= {f"telemetry/{method}/{counter}": value for counter, value in counters.items()}
-    return {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
-
-
-def sample_rows(stack: str, examples: Sequence[Example]) -> list[list[Any]]:
-    """Return the example samples of a stack: picture, id, task, prompt, reply, what it hallucinated."""
-    return [
-        [
-            example.pictures[0] if example.pictures else None,
-            entry.sample.id,
-            entry.sample.task,
-            entry.sample.prompt,
-            "".join(span.text for span in entry.spans[stack]),
-            ", ".join(span.text for span in hallucinated(entry.spans[stack])),
-        ]
-        for example in examples
-        for entry in example.entries
-    ]
+    # an infinite number is text in JSON
+    return {key: float(value) for key, value in flat.items() if isinstance(value, int | float) or value in _INFINITE}

@@ -1,4 +1,4 @@
-"""What a tracker is: four calls per stack, made after the stack's records are safe on disk."""
+"""What a tracker is: a few calls per stack, made after the stack's records are safe on disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrackedRun:
 
 
 class Tracker:
-    """Base class of trackers: override the four calls.
+    """Base class of trackers: override `start`, `log`, `table` and `finish`, and what else the place can take.
 
     Parameters
     ----------
@@ -57,6 +57,16 @@ class Tracker:
         self.config = config
         self.directory = directory
 
+    @property
+    def destination(self) -> str:
+        """What tells one place from another: what was tracked there is not tracked there again."""
+        return f"{self.name} {self.config.get('mode')} {self.config.get('project')}"
+
+    @property
+    def trial(self) -> bool:
+        """Whether everything here belongs to one run that somebody else began, such as a trial of a sweep."""
+        return False
+
     def start(self, run: TrackedRun) -> None:
         """Open a run for one stack."""
         raise NotImplementedError(f"{type(self).__name__} does not define start()")
@@ -68,6 +78,19 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Store a table; a cell may be a `PIL.Image.Image`."""
         raise NotImplementedError(f"{type(self).__name__} does not define table()")
+
+    def artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        """Store files as one versioned thing; where there is no such thing, nothing is done.
+
+        Parameters
+        ----------
+        name
+            Letters, digits, dots, dashes and underscores.
+        kind
+            ``report`` or ``records``.
+        files
+            Name inside the artifact -> file.
+        """
 
     def finish(self, *, failed: bool = False) -> str | None:
         """Close the run and return where it can be found (``None``: nowhere)."""

@@ -1,6 +1,7 @@
 """Weights & Biases: one run per stack, all stacks of a comparison in one group.
 
-Offline unless configured otherwise; ``wandb sync <folder>`` uploads an offline run later.
+Offline unless configured otherwise; ``wandb sync <folder>`` uploads an offline run later, ``mitigate upload`` any
+record. Started by an agent of a W&B sweep, everything belongs to the agent's run.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from mitigate.errors import ConfigError
 from mitigate.trackers.base import TrackedRun, Tracker
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MODES = ("offline", "online", "disabled", "shared")
+#: Pictures with more pixels than this along a side are photographs: logged as JPEG, and no larger than `MOST_PIXELS`.
+_SMALL_PIXELS = 256
+MOST_PIXELS = 512
 
 
 class WandbTracker(Tracker):
-    """One W&B run at a time, written below the comparison's folder.
+    """One W&B run at a time, written below the comparison's folder (or ``WANDB_DIR``).
 
     Parameters
     ----------
@@ -33,7 +40,8 @@ class WandbTracker(Tracker):
     Raises
     ------
     ConfigError
-        If the mode is not one of W&B's, or nobody is logged in where runs would go online.
+        If the mode is not one of W&B's, nobody is logged in where runs would go online, or the trial of a sweep would
+        stay offline.
     """
 
     name: ClassVar[str] = "wandb"
@@ -41,23 +49,42 @@ class WandbTracker(Tracker):
     modes: ClassVar[tuple[str, ...]] = MODES
 
     def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
-        super().__init__(config, directory)
+        super().__init__(config, Path(os.environ.get("WANDB_DIR") or directory))
         self._run: Any = None
         mode = config.get("mode")
         if mode is not None and mode not in MODES:
             raise ConfigError(f"tracker.mode={mode!r} must be one of {', '.join(MODES)}, or null for your W&B settings")
+        if self.trial and mode in ("offline", "disabled"):
+            raise ConfigError(
+                f"this is a trial of the W&B sweep {os.environ['WANDB_SWEEP_ID']}, but tracker.mode={mode} would keep "
+                "its result from the sweep; add tracker=wandb to the sweep's command"
+            )
         if mode not in ("offline", "disabled") and not _can_log_in(mode):
             raise ConfigError(
                 "tracker=wandb logs online, but W&B knows no key on this machine; "
                 "run `wandb login` first, or keep the runs here with tracker=offline"
             )
 
+    @property
+    def destination(self) -> str:
+        """Mode and project, the entity if one is named, and in a sweep the agent's run."""
+        mode = self.config.get("mode") or _own_mode()
+        parts = [self.name, mode, self.config.get("project"), self.config.get("entity")]
+        if self.trial:
+            parts = [self.name, mode, "sweep", os.environ["WANDB_SWEEP_ID"], os.environ.get("WANDB_RUN_ID")]
+        return " ".join(str(part) for part in parts if part)
+
+    @property
+    def trial(self) -> bool:
+        """Whether an agent of a W&B sweep started this process."""
+        return bool(os.environ.get("WANDB_SWEEP_ID"))
+
     def start(self, run: TrackedRun) -> None:
-        """Open a W&B run named after the stack."""
+        """Open a W&B run named after the stack, or the agent's run in a sweep."""
         import wandb
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._forget(run.id)
+        self._forget(os.environ.get("WANDB_RUN_ID", "") if self.trial else run.id)
         # A comparison lasts minutes and records its own versions: what W&B collects by itself only costs time.
         settings = wandb.Settings(
             console="off",
@@ -70,12 +97,13 @@ class WandbTracker(Tracker):
             x_disable_meta=True,
             x_save_requirements=False,
         )
+        own = not self.trial  # of a sweep's runs, the sweep has chosen project, id and name
         self._run = wandb.init(
-            project=self.config.get("project") or "mitigate",
-            entity=self.config.get("entity"),
+            project=(self.config.get("project") or "mitigate") if own else None,
+            entity=self.config.get("entity") if own else None,
             group=run.group,
-            id=run.id or None,
-            name=run.name,
+            id=run.id or None if own else None,
+            name=run.name if own else None,
             notes=run.notes,
             tags=[*self.config.get("tags", ()), *run.tags],
             mode=self.config.get("mode"),
@@ -91,7 +119,9 @@ class WandbTracker(Tracker):
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Write the run's summary."""
+        """Write the run's summary; in a sweep also its history, which is where a sweep looks for its metric."""
+        if self.trial:
+            self._run.log(dict(metrics))
         self._run.summary.update(dict(metrics))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -99,12 +129,30 @@ class WandbTracker(Tracker):
         import wandb
         from PIL import Image
 
-        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        pictures = {id(cell): cell for row in rows for cell in row if isinstance(cell, Image.Image)}
+        made = {key: _picture(picture) for key, picture in pictures.items()}  # several rows may show one picture
+        cells = [[made.get(id(cell), cell) for cell in row] for row in rows]
         with _staging(self.directory / "wandb"):
             self._run.log({name: wandb.Table(columns=list(columns), data=cells)})
 
+    def artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        """Log files as a W&B artifact; unchanged ones make no new version."""
+        import wandb
+
+        made = wandb.Artifact(name, type=kind)
+        with _staging(self.directory / "wandb"):
+            for inside, path in files.items():
+                made.add_file(str(path), name=inside)
+            self._run.log_artifact(made)
+
     def finish(self, *, failed: bool = False) -> str | None:
-        """Close the run; an offline one is found in the returned folder."""
+        """Close the run; an offline one is found in the returned folder.
+
+        Raises
+        ------
+        DataError
+            If the folder of an offline run is not complete: W&B itself tells nobody that a disk is full.
+        """
         run, self._run = self._run, None
         if run is None:
             return None
@@ -112,6 +160,24 @@ class WandbTracker(Tracker):
         with _staging(self.directory / "wandb"):
             run.finish(exit_code=1 if failed else 0)
         return where
+
+
+def _picture(picture: Image) -> Any:
+    """Return a picture as W&B takes it: small ones as they are, photographs as JPEG."""
+    import wandb
+
+    if max(picture.size) <= _SMALL_PIXELS:
+        return wandb.Image(picture)
+    shown = picture.convert("RGB")
+    shown.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    return wandb.Image(shown, file_type="jpg")
+
+
+def _own_mode() -> str:
+    """Return the mode of the user's own W&B settings."""
+    from wandb.sdk import wandb_setup
+
+    return str(wandb_setup.singleton().settings.mode)
 
 
 def _can_log_in(mode: str | None) -> bool:
@@ -134,7 +200,7 @@ def _can_log_in(mode: str | None) -> bool:
 
 @contextmanager
 def _staging(directory: Path) -> Iterator[None]:
-    """Let W&B stage a table's pictures beside its offline runs, so that the folder can be moved and synced later."""
+    """Let W&B stage pictures and files beside its offline runs, so that the folder can be moved and synced later."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return
