@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span
-from mitigate.data import Source, data_folder, read_rows, require_file
+from mitigate.data import data_folder, read_rows, require_file
+from mitigate.data.catalogue import POPE
 from mitigate.errors import DataError
 from mitigate.metrics.pope import Pope as PopeScorer
 from mitigate.metrics.yes_no import PARSERS, parse
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from mitigate.data import Source
     from mitigate.metrics.base import Scorer
     from mitigate.records import SampleRecord
 
@@ -30,72 +32,6 @@ _FILES: Final = {
 _PICTURES: Final = {"coco": ("coco", "val2014"), "aokvqa": ("coco", "val2014"), "gqa": ("gqa", "images")}
 _OBJECT = re.compile(r"Is there an? (.+) in the im\w+\?")  # older files spell it "imange"
 _KEYS: Final = ("question_id", "image", "text", "label")
-
-_REPOSITORY: Final = "https://raw.githubusercontent.com/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output"
-_SHA256: Final = {
-    ("coco", "random"): "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994",
-    ("coco", "popular"): "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753",
-    ("coco", "adversarial"): "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
-    ("aokvqa", "random"): "f06eecde6d6ef4a00b95a7bbb510490708a09a6a67d952b59b8bdd33ac2c7200",
-    ("aokvqa", "popular"): "2ae5bedee3450cda52f9b033942c7b04a3917a86a110e859a66c1e41934c6ffd",
-    ("aokvqa", "adversarial"): "2ddd3bdfa0df7a77a2cb1765ed06ac5ed190b5a093aa405b96986e862e8cdac1",
-    ("gqa", "random"): "6ce488eade3770185034939fabfe742fa32ed369011c8d9c3ac77bc0c85abd94",
-    ("gqa", "popular"): "dd03f06a458dd216e83233160fbf6628af9c63c84b11e99599f4fc0304b3361d",
-    ("gqa", "adversarial"): "74e01b41d8308e2392e3b8d961167496ff3901c01100265d931a7a392f138a7a",
-}
-#: Versions that papers and other projects were measured with: their questions, or how many there are, differ.
-_OLDER: Final = {
-    ("coco", "random"): (
-        ("c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35", "of May 2023: 2910 rows, 144 'imange'"),
-        ("cb8dec967727fbee4b9cfadf9ba1ea9968515b12063efd313d0cf8b2b4230c86", "of 4 August 2023"),
-    ),
-    ("coco", "popular"): (
-        ("5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc", "of May 2023: 44 rows say 'imange'"),
-        ("eafca6ceff32c7bbb5b2845a00c6828ec8cbaf5e04f890d6902dc46b92f96076", "of 4 August 2023"),
-    ),
-    ("coco", "adversarial"): (
-        ("1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26", "of May 2023: 58 rows say 'imange'"),
-        ("412efc6fe25eb2604f2386d536bcf713dc88327cb20c36489b1f689f89617d04", "of 4 August 2023"),
-        ("207273ac3b7fdd04df206c6809b77a4e7f60360a730ade6b7e32804e8dd5602f", "of October 2023: 57 rows say 'imange'"),
-        ("185d7eb49958c882f15d46c51d5c0456fbd5efbf24c57ff8b7adc6648870c6ac", "of VCD: 57 rows say 'imange'"),
-    ),
-}
-
-
-def _sources() -> tuple[Source, ...]:
-    files = [
-        Source(
-            path=_FILES[dataset].format(split),
-            url=f"{_REPOSITORY}/{'coco' if dataset == 'coco' else f'seem/{dataset}'}/{_FILES[dataset].format(split)}",
-            sha256=_SHA256[dataset, split],
-            licence="MIT",
-            instruction=f"Put {_FILES[dataset].format(split)} of github.com/RUCAIBox/POPE into the folder pope.",
-            count=3000,
-            optional=dataset != "coco",
-            older=_OLDER.get((dataset, split), ()),
-        )
-        for dataset, split in _SHA256
-    ]
-    coco = Source(
-        path="../coco/val2014/",
-        url=None,
-        sha256=None,
-        licence="Flickr terms of each picture; see cocodataset.org",
-        instruction="Unpack http://images.cocodataset.org/zips/val2014.zip into the folder coco, beside pope, so that "
-        "coco/val2014/COCO_val2014_000000310196.jpg exists. POPE needs 500 of its 40,504 pictures.",
-        count=None,
-    )
-    gqa = Source(
-        path="../gqa/images/",
-        url=None,
-        sha256=None,
-        licence="see cs.stanford.edu/people/dorarad/gqa",
-        instruction="Unpack https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip into the folder gqa, beside "
-        "pope, so that gqa/images/2405722.jpg exists. POPE needs 500 of its pictures.",
-        count=None,
-        optional=True,
-    )
-    return (*files, coco, gqa)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +58,7 @@ class Pope(Benchmark):
 
     name: ClassVar[str] = "pope"
     summary: ClassVar[str] = "POPE: yes/no questions about objects in COCO, A-OKVQA or GQA pictures"
-    sources: ClassVar[tuple[Source, ...]] = _sources()
+    sources: ClassVar[tuple[Source, ...]] = POPE
 
     dataset: str = "coco"
     splits: tuple[str, ...] = SPLITS
@@ -148,7 +84,7 @@ class Pope(Benchmark):
 
     def _split(self, split: str) -> list[Sample]:
         path = require_file(data_folder(self.name, self.data_dir) / _FILES[self.dataset].format(split), self.name)
-        _name_version(path, _OLDER.get((self.dataset, split), ()))
+        _name_version(path)
         samples: dict[str, Sample] = {}
         pictures: dict[str, None] = {}
         for line, row in read_rows(path):
@@ -228,12 +164,13 @@ def _check(row: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where}: the image must be the name of a file, not {row['image']!r:.60}")
 
 
-def _name_version(path: Path, older: Sequence[tuple[str, str]]) -> None:
+def _name_version(path: Path) -> None:
     """Say so if the file is one of the versions whose numbers are not comparable with today's."""
-    name = dict(older).get(hashlib.sha256(path.read_bytes()).hexdigest())
+    older = {sha256: name for source in POPE if source.path == path.name for sha256, name in source.older}
+    name = older.get(hashlib.sha256(path.read_bytes()).hexdigest())
     if name is not None:
         warnings.warn(
-            f"{path} is the version {name}; numbers differ from those of the current file "
+            f"{path} is the version {name}; its numbers are not those of the current file "
             "(`mitigate data fetch pope` gets it)",
             stacklevel=2,
         )

@@ -56,6 +56,66 @@ def _annotations(kind: str, split: str, *, optional: bool = False) -> Source:
     )
 
 
+# --- POPE -------------------------------------------------------------------------------------------------------------
+
+_POPE: Final = "https://raw.githubusercontent.com/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output/"
+_POPE_FILES: Final = {
+    "coco/coco_pope_random.json": "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994",
+    "coco/coco_pope_popular.json": "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753",
+    "coco/coco_pope_adversarial.json": "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
+    "seem/aokvqa/aokvqa_pope_seem_random.json": "f06eecde6d6ef4a00b95a7bbb510490708a09a6a67d952b59b8bdd33ac2c7200",
+    "seem/aokvqa/aokvqa_pope_seem_popular.json": "2ae5bedee3450cda52f9b033942c7b04a3917a86a110e859a66c1e41934c6ffd",
+    "seem/aokvqa/aokvqa_pope_seem_adversarial.json": "2ddd3bdfa0df7a77a2cb1765ed06ac5ed190b5a093aa405b96986e862e8cdac1",
+    "seem/gqa/gqa_pope_seem_random.json": "6ce488eade3770185034939fabfe742fa32ed369011c8d9c3ac77bc0c85abd94",
+    "seem/gqa/gqa_pope_seem_popular.json": "dd03f06a458dd216e83233160fbf6628af9c63c84b11e99599f4fc0304b3361d",
+    "seem/gqa/gqa_pope_seem_adversarial.json": "74e01b41d8308e2392e3b8d961167496ff3901c01100265d931a7a392f138a7a",
+}
+#: Versions that papers and other projects were measured with; their questions, or how many there are, differ.
+_POPE_OLDER: Final = {
+    "coco/coco_pope_random.json": (
+        ("c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35", "of May 2023 (2910 rows, 144 'imange')"),
+        ("cb8dec967727fbee4b9cfadf9ba1ea9968515b12063efd313d0cf8b2b4230c86", "of 4 August 2023"),
+    ),
+    "coco/coco_pope_popular.json": (
+        ("5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc", "of May 2023 (44 rows say 'imange')"),
+        ("eafca6ceff32c7bbb5b2845a00c6828ec8cbaf5e04f890d6902dc46b92f96076", "of 4 August 2023"),
+    ),
+    "coco/coco_pope_adversarial.json": (
+        ("1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26", "of May 2023 (58 rows say 'imange')"),
+        ("412efc6fe25eb2604f2386d536bcf713dc88327cb20c36489b1f689f89617d04", "of 4 August 2023"),
+        ("207273ac3b7fdd04df206c6809b77a4e7f60360a730ade6b7e32804e8dd5602f", "of October 2023 (57 rows say 'imange')"),
+        ("185d7eb49958c882f15d46c51d5c0456fbd5efbf24c57ff8b7adc6648870c6ac", "of VCD (57 rows say 'imange')"),
+    ),
+}
+
+POPE: Final = (
+    *(
+        _fetched(
+            path.rpartition("/")[2],
+            _POPE + path,
+            sha256,
+            "MIT",
+            count=3000,
+            optional="seem" in path,
+            older=_POPE_OLDER.get(path, ()),
+        )
+        for path, sha256 in _POPE_FILES.items()
+    ),
+    COCO_PICTURES,
+    Source(
+        path="../gqa/images/",
+        url=None,
+        sha256=None,
+        licence="see cs.stanford.edu/people/dorarad/gqa",
+        instruction=(
+            "get the pictures: https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip (20 GB; its authors publish "
+            "no sha256), and unpack it so that they lie in gqa/images/ of the data folder; only dataset=gqa needs them"
+        ),
+        count=None,
+        optional=True,
+    ),
+)
+
 # --- captions of COCO pictures ----------------------------------------------------------------------------------------
 
 CHAIR: Final = (
