@@ -80,7 +80,7 @@ def render(
     sheets = _sheets(choice, album)
     numbered = [sample for sheet in sheets for _, sample in sheet.samples]
     style, script = _part("style.css"), _part("browser.js")
-    page = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         c=comparison,
         title=title or comparison["name"],
         summary=sentences(comparison),
@@ -106,7 +106,6 @@ def render(
         script=Markup(script),
         policy=_policy(style, script),
     )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # an answer may hold half a surrogate pair
 
 
 def _part(name: str) -> str:

@@ -55,32 +55,39 @@ def _about(comparison: Mapping[str, Any], name: str, baseline: str) -> str:
         )
     unclear = [stack for stack in found if stack not in clear]
     if unclear:
-        parts.append(_nothing(metric, name, unclear, found, all_of_them=not clear))
+        parts.append(_nothing(metric, unclear, found, all_of_them=not clear))
     return " ".join(parts)
 
 
 def _nothing(
     metric: Mapping[str, Any],
-    name: str,
     unclear: Sequence[str],
     found: Mapping[str, Mapping[str, Any]],
     *,
     all_of_them: bool,
 ) -> str:
     """Say that nothing was found, and how large it could have been without being seen."""
-    nobody = "No stack" if len(unclear) > 1 else f"{unclear[0]} has not"
-    if all_of_them:
-        text = f"{nobody} changed it beyond the 95 % interval" + ("" if len(unclear) > 1 else " of the difference")
-    else:
-        text = f"No difference beyond the 95 % interval: {', '.join(unclear)}"
-    least = [_scaled(metric, found[stack].get("mde")) for stack in unclear]
-    known = [value for value in least if value is not None and value > 0]
-    if not known:
-        return f"{text}."
-    low, high = number(min(known)), number(max(known))
-    size = low if low == high else f"{low} to {high}, by stack"
-    unit = unit_of(metric, difference=True)
-    return f"{text}; the smallest difference this sample could have shown (power 80 %) is {size}{unit}."
+    same = [stack for stack in unclear if found[stack]["low"] == found[stack]["high"] == 0]
+    open_ones = [stack for stack in unclear if stack not in same]
+    parts = []
+    if open_ones:
+        least = [_scaled(metric, found[stack].get("mde")) for stack in open_ones]
+        known = [value for value in least if value is not None and value > 0]
+        text = f"No difference beyond the 95 % interval: {', '.join(open_ones)}"
+        if all_of_them:
+            text = "No stack changed it beyond the 95 % interval of the difference"
+        if known:
+            low, high = number(min(known)), number(max(known))
+            size = (
+                f"{low}{unit_of(metric, difference=True)}"
+                if low == high
+                else (f"{low} to {high}{unit_of(metric, difference=True)}, by stack")
+            )
+            text += f"; the smallest difference this sample could have shown (power 80 %) is {size}"
+        parts.append(f"{text}.")
+    if same:
+        parts.append(f"Exactly the same in every resample: {', '.join(same)}.")
+    return " ".join(parts)
 
 
 def _amount(stack: str, item: Mapping[str, Any], metric: Mapping[str, Any]) -> str:

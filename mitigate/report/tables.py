@@ -71,7 +71,7 @@ def _tests(name: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]) 
         return lambda data: make(data["differences"][name]) if name in data["differences"] else Cell(text="")
 
     def least(item: Mapping[str, Any]) -> Cell:
-        return Cell(text=number(None if item.get("mde") is None else factor * item["mde"]))
+        return Cell(text=number(factor * item["mde"] if item.get("mde") else None))  # none where nothing varies
 
     return [
         _column("difference to", comparison["baseline"], of(lambda item: difference_cell(metric, item)), stacks),
@@ -84,15 +84,15 @@ def _tests(name: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]) 
 
 def _context(name: str, comparison: Mapping[str, Any], *, paired: bool) -> list[Column]:
     metric, stacks = comparison["metrics"][name], comparison["stacks"]
-    title = f"{metric['title']},{unit_of(metric)}" if unit_of(metric) else metric["title"]
-    made = [_column("beside it", title, lambda data: value_cell(metric, data["metrics"][name]), stacks)]
+    title, unit = metric["title"], unit_of(metric).strip() or "value"
+    made = [_column(title, unit, lambda data: value_cell(metric, data["metrics"][name]), stacks)]
     if paired:
         made.append(
-            _column(
-                "its",
-                "difference",
-                lambda data: difference_cell(metric, data["differences"].get(name)),
-                stacks,
+            Column(
+                section="report",
+                group=title,
+                title="difference",
+                cells={stack: difference_cell(metric, data["differences"].get(name)) for stack, data in stacks.items()},
             )
         )
     return made

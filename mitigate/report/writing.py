@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mitigate.jsonfiles import write_text
 from mitigate.report.html import render
+from mitigate.report.latex import latex
+from mitigate.report.markdown import markdown
 from mitigate.report.samples import SAMPLES, choose_samples
+from mitigate.report.tidy import tidy
 
 if TYPE_CHECKING:
     from mitigate.runner.stored import StoredRun
@@ -56,17 +59,21 @@ def write_report(
     DataError
         If the disk refuses a file.
     """
+
+    def page() -> str:
+        benchmark, seed = runs[0].benchmark, int(comparison["seed"])
+        choice = choose_samples(benchmark, runs, comparison["baseline"], limit=samples, seed=seed)
+        return render(comparison, choice, benchmark, title=title, command=command)
+
+    makers: dict[str, Callable[[], str]] = {
+        "html": page,
+        "md": lambda: markdown(comparison, title=title, command=command),
+        "csv": lambda: tidy(comparison),
+        "tex": lambda: latex(comparison, title=title),
+    }
     made = []
     for ending in formats:
-        path = Path(folder) / f"report.{ending}"
-        if ending == "html":
-            benchmark = runs[0].benchmark
-            choice = choose_samples(
-                benchmark, runs, comparison["baseline"], limit=samples, seed=int(comparison["seed"])
-            )
-            text = render(comparison, choice, benchmark, title=title, command=command)
-        else:
-            raise NotImplementedError(ending)
-        write_text(path, text)
-        made.append(path)
+        made.append(Path(folder) / f"report.{ending}")
+        # An answer may hold half a surrogate pair, which no file can.
+        write_text(made[-1], makers[ending]().encode("utf-8", "backslashreplace").decode("utf-8"))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -199,10 +200,13 @@ def footnotes(comparison: Mapping[str, Any]) -> list[str]:
     return lines + list(comparison["notes"])
 
 
-def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
-    """Format a number for a table; undefined ones (``None`` or not a number) as a dash."""
+def number(value: float | str | None, digits: int = 1, *, sign: bool = False) -> str:
+    """Format a number for a table; undefined ones (``None`` or not a number) as a dash, infinite ones by their sign."""
     if value is None or value != value:
         return "–"
+    value = float(value)  # JSON has no infinities: they come as text
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     value = round(value, digits) or 0.0  # no "-0.0"
     text = f"{value:+.{digits}f}" if sign and value else f"{value:.{digits}f}"
     return text.replace("-", "−")
