@@ -81,6 +81,8 @@ class Benchmark:
     """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     sources: ClassVar[tuple[Source, ...]] = ()
     """The files it needs below its data folder (``mitigate data``)."""
+    ids: ClassVar[str] = ""
+    """What a sample's id looks like, for people whose answers come from elsewhere (``mitigate score``)."""
     grouped: ClassVar[bool] = False
     """Whether the answers of a cluster count together: where one of them failed, none of the others means anything."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span
-from mitigate.data import data_folder, read_rows, require_file
+from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import POPE
 from mitigate.errors import DataError
 from mitigate.metrics.pope import Pope as PopeScorer
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from mitigate.data import Source
     from mitigate.metrics.base import Scorer
     from mitigate.records import SampleRecord
 

@@ -17,6 +17,7 @@ from mitigate.errors import ConfigError, HookError, MitigateError
 COMMANDS = {
     "run": "mitigate.cli.running:run",
     "compare": "mitigate.cli.running:compare",
+    "score": "mitigate.cli.scoring:score",
     "report": "mitigate.cli.reporting:report",
     "plan": "mitigate.cli.planning:plan",
     "diagnose": "mitigate.cli.diagnosing:diagnose",
@@ -41,6 +42,7 @@ Commands
   run       run one stack on one benchmark and record every sample
   diagnose  watch the model while it answers, and hold what is seen against the ground truth of every token
   trace     answer one question about one picture and show what every method did, step by step
+  score     score answers that any other tool produced, without a model   (score BENCHMARK --predictions FILE)
   report    put runs that lie on disk on one page, with a browser of the samples   (report RUN ...)
   plan      print what a stack would do: points, layers, order, every value and where it came from
   data      get and check the files a benchmark needs       (data list | data fetch NAME | data check NAME)

@@ -204,7 +204,7 @@ def _check(name: str, root: str | None, console: Console, *, quick: bool) -> dic
     problems: list[str] = []
     if not any(not state.source.is_folder for state in missing):
         benchmark = _benchmark(name, root)
-        with _bar(console, "Pictures") as report:
+        with progress_bar("Pictures", shown=not console.quiet and sys.stderr.isatty()) as report:
             pictures = checking.check_pictures(benchmark, decode=not quick, report=report)
         if isinstance(pictures, str):
             problems = [pictures]
@@ -257,9 +257,9 @@ def _verdict(text: str, verdict: str) -> Text:
 
 
 @contextmanager
-def _bar(console: Console, title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Draw a progress bar on stderr while a loop reports; nothing where nobody looks."""
-    if console.quiet or not sys.stderr.isatty():
+def progress_bar(title: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Draw a progress bar on stderr while a loop reports how much is done of how much."""
+    if not shown:
         yield None
         return
     from rich.progress import Progress

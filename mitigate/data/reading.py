@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from PIL.Image import Image
 
 _SPACE = " \t\r\n"
@@ -17,6 +22,19 @@ _MARK = "\ufeff"
 
 Row = tuple[int, dict[str, Any]]
 """Line on which an object begins, and the object."""
+
+_watched: ContextVar[dict[str, str] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, str]]:
+    """Collect path -> sha256 of every data file that is read meanwhile, of the very bytes that were read."""
+    found: dict[str, str] = {}
+    token = _watched.set(found)
+    try:
+        yield found
+    finally:
+        _watched.reset(token)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -103,11 +121,15 @@ def open_image(path: Path) -> Image:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    seen = _watched.get()
+    if seen is not None:
+        seen[str(path)] = hashlib.sha256(data).hexdigest()
+    return data
 
 
 def _text(data: bytes, name: str) -> str:
