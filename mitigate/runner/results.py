@@ -13,13 +13,14 @@ from mitigate.errors import DataError
 from mitigate.jsonfiles import to_json
 from mitigate.runner.breakdowns import break_down
 from mitigate.runner.stored import unit, units_that_failed
-from mitigate.statistics import holm, intervals, mcnemar, paired_differences, pool
+from mitigate.statistics import compare_all, holm, intervals, mcnemar, pool, seed_spread
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
     from mitigate.metrics.base import ImageCounts, Metric
     from mitigate.records import SampleRecord
     from mitigate.runner.stored import StoredRun
+    from mitigate.statistics import Difference
 
 FORMAT = 2
 
@@ -60,12 +61,17 @@ class Answered:
         }
 
     @cached_property
-    def counts(self) -> ImageCounts:
-        """Return the counts per cluster, summed over the seeds."""
+    def counts_by_seed(self) -> list[ImageCounts]:
+        """Return the counts per cluster of every run."""
         per_seed: dict[int, list[SampleRecord]] = {run.seed: [] for run in self.runs}
         for (seed, _), record in self.answers.items():
             per_seed[seed].append(record)
-        return pool([self.benchmark.counts(records) for records in per_seed.values()])
+        return [self.benchmark.counts(records) for records in per_seed.values()]
+
+    @cached_property
+    def counts(self) -> ImageCounts:
+        """Return the counts per cluster, summed over the seeds."""
+        return pool(self.counts_by_seed)
 
     def counterpart(self, key: tuple[int, str]) -> SampleRecord | None:
         """Return the answer to the same sample with the same seed, or with the only seed there is."""
@@ -128,7 +134,11 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
     benchmark = first.benchmark
     metrics = benchmark.all_metrics()
     baseline = next((group for group in groups.values() if not group.runs[0].methods), None)
-    stacks = {stack: _stack(group, baseline, metrics, first.seed) for stack, group in groups.items()}
+    differences = _differences(baseline, groups, metrics, first.seed)
+    stacks = {
+        stack: _stack(group, baseline, metrics, differences.get(stack, {}), first.seed)
+        for stack, group in groups.items()
+    }
     _adjust(stacks, benchmark.headline)
     answers = groups[first.stack].answers.values()
     return to_json(  # type: ignore[no-any-return]
@@ -180,7 +190,13 @@ def _about(metric: Metric) -> dict[str, Any]:
     }
 
 
-def _stack(group: Answered, baseline: Answered | None, metrics: Sequence[Metric], seed: int) -> dict[str, Any]:
+def _stack(
+    group: Answered,
+    baseline: Answered | None,
+    metrics: Sequence[Metric],
+    differences: Mapping[str, Difference],
+    seed: int,
+) -> dict[str, Any]:
     benchmark, own = group.benchmark, list(group.answers.values())
     record, methods = group.runs[0].record, group.runs[0].methods
     summed = totals(own)
@@ -195,7 +211,10 @@ def _stack(group: Answered, baseline: Answered | None, metrics: Sequence[Metric]
         "seeds": [run.seed for run in group.runs],
         "failures": sum(run.failures for run in group.runs),
         "metrics": {key: asdict(value) for key, value in intervals(group.counts, metrics, seed=seed).items()},
-        "differences": _differences(against, group, metrics, seed),
+        "differences": {
+            key: {**asdict(found), "excludes_zero": found.excludes_zero} for key, found in differences.items()
+        },
+        "seed_spread": _seed_spread(group, metrics),
         "mcnemar": _mcnemar(against, group),
         "effects": {
             **{key: value for key, value in together.items() if key != "seconds_per_token"},
@@ -207,7 +226,7 @@ def _stack(group: Answered, baseline: Answered | None, metrics: Sequence[Metric]
             },
         },
         "cost": _cost(group, baseline, summed),
-        "warnings": benchmark.warnings(group.counts),
+        "warnings": [*benchmark.warnings(group.counts), *_cautions(benchmark.headline, differences)],
         "notes": _notes(group, idle, changed if against else None, baseline),
         "record": {
             "created_at": record.created_at,
@@ -219,13 +238,24 @@ def _stack(group: Answered, baseline: Answered | None, metrics: Sequence[Metric]
 
 
 def _differences(
-    baseline: Answered | None, group: Answered, metrics: Sequence[Metric], seed: int
-) -> dict[str, dict[str, Any]]:
-    """Return stack minus baseline for every metric, with the same resampled pictures on both sides."""
+    baseline: Answered | None, groups: Mapping[str, Answered], metrics: Sequence[Metric], seed: int
+) -> dict[str, dict[str, Difference]]:
+    """Return every stack minus the baseline, all with the same resampled pictures."""
     if baseline is None:
         return {}
-    found = paired_differences(baseline.counts, group.counts, metrics, seed=seed)
-    return {key: {**asdict(value), "excludes_zero": value.excludes_zero} for key, value in found.items()}
+    others = {stack: group.counts for stack, group in groups.items() if group is not baseline}
+    return compare_all(baseline.counts, others, metrics, seed=seed)
+
+
+def _seed_spread(group: Answered, metrics: Sequence[Metric]) -> dict[str, float]:
+    """Return every metric's standard deviation over the seeds; nothing for a single one."""
+    return seed_spread(group.counts_by_seed, metrics) if len(group.runs) > 1 else {}
+
+
+def _cautions(headline: Sequence[str], differences: Mapping[str, Difference]) -> list[str]:
+    """Return why the intervals of headline differences are too optimistic, where they are."""
+    found = {name: differences[name].caution for name in headline if name in differences}
+    return [f"difference of {name}: {caution}" for name, caution in found.items() if caution]
 
 
 def _adjust(stacks: Mapping[str, Any], headline: Sequence[str]) -> None:

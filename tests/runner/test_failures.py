@@ -156,9 +156,9 @@ def test_a_full_disk_is_never_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_where_answers_count_in_groups_the_group_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeBenchmark, "grouped", True)
-    culprits = asked("Is there a ball?")
+    culprits = asked("Is there a tree?")
     groups = {key.split("/")[0] for key in culprits}
-    install(monkeypatch.setattr, Fails("Is there a ball?"))
+    install(monkeypatch.setattr, Fails("Is there a tree?"))
     made = compare([resolved(on_error="skip")], tmp_path / "c", console=QUIET)
     assert made is not None
     assert 0 < len(groups) < 6
