@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "mitigate.cli.running:compare",
     "score": "mitigate.cli.scoring:score",
     "report": "mitigate.cli.reporting:report",
+    "upload": "mitigate.cli.uploading:upload",
     "plan": "mitigate.cli.planning:plan",
     "diagnose": "mitigate.cli.diagnosing:diagnose",
     "trace": "mitigate.cli.tracing:trace",
@@ -44,6 +45,7 @@ Commands
   trace     answer one question about one picture and show what every method did, step by step
   score     score answers that any other tool produced, without a model   (score BENCHMARK --predictions FILE)
   report    put runs that lie on disk on one page, with a browser of the samples   (report RUN ...)
+  upload    show runs that lie on disk in Weights & Biases, whenever they were made   (upload RUN ...)
   plan      print what a stack would do: points, layers, order, every value and where it came from
   data      get and check the files a benchmark needs       (data list | data fetch NAME | data check NAME)
   list      list methods, models, metrics, stacks, ... and who brings them   (--json for everything, with parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ def track(
     *,
     stacks: Collection[str] | None = None,
     force: bool = False,
+    report: Callable[[str, str], None] | None = None,
 ) -> Tracked:
     """Log every stack as one run of one group; results that were logged before are not logged again.
 
@@ -69,6 +70,8 @@ def track(
         Log these only; ``None``: all.
     force
         Log also what was logged before.
+    report
+        Called with a stack and where it is now.
 
     Returns
     -------
@@ -87,16 +90,18 @@ def track(
         reporting = list(groups)[-1]
         stacks = [reporting]
     for stack, group in groups.items() if stacks is None else [(stack, groups[stack]) for stack in stacks]:
-        report = directory if stack == reporting else None
-        digest = _digest(comparison, group, whole=report is not None)
+        folder = directory if stack == reporting else None
+        digest = _digest(comparison, group, whole=folder is not None)
         if known.get(stack) == digest and not force:
             continue
         try:
-            place = _log(tracker, comparison, group, tables, report)
+            place = _log(tracker, comparison, group, tables, folder)
             if place is not None:
                 places.append(place)
                 known[stack] = digest
                 write_json(memory, tracked)
+                if report is not None:
+                    report(stack, place)
         except KeyboardInterrupt:
             tracker.give_up()
             raise

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, DataError
 from mitigate.trackers.base import TrackedRun, Tracker
+from mitigate.trackers.wandb_file import is_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +52,7 @@ class WandbTracker(Tracker):
     def __init__(self, config: Mapping[str, Any], directory: Path) -> None:
         super().__init__(config, Path(os.environ.get("WANDB_DIR") or directory))
         self._run: Any = None
+        self._staged = self.directory / "wandb" / "staged"
         mode = config.get("mode")
         if mode is not None and mode not in MODES:
             raise ConfigError(f"tracker.mode={mode!r} must be one of {', '.join(MODES)}, or null for your W&B settings")
@@ -84,7 +86,8 @@ class WandbTracker(Tracker):
         import wandb
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._forget(os.environ.get("WANDB_RUN_ID", "") if self.trial else run.id)
+        self._forget(run_id := os.environ.get("WANDB_RUN_ID", "") if self.trial else run.id)
+        self._staged = self._staged.with_name(f"staged-{run_id}")
         # A comparison lasts minutes and records its own versions: what W&B collects by itself only costs time.
         settings = wandb.Settings(
             console="off",
@@ -115,8 +118,9 @@ class WandbTracker(Tracker):
 
     def _forget(self, run_id: str) -> None:
         """Remove the offline folders of an earlier try: killed while logging, or with older numbers."""
-        for folder in (self.directory / "wandb").glob(f"offline-run-*-{run_id}") if run_id else ():
-            shutil.rmtree(folder, ignore_errors=True)
+        for pattern in (f"offline-run-*-{run_id}", f"staged-{run_id}") if run_id else ():
+            for folder in (self.directory / "wandb").glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write the run's summary; in a sweep also its history, which is where a sweep looks for its metric."""
@@ -132,7 +136,7 @@ class WandbTracker(Tracker):
         pictures = {id(cell): cell for row in rows for cell in row if isinstance(cell, Image.Image)}
         made = {key: _picture(picture) for key, picture in pictures.items()}  # several rows may show one picture
         cells = [[made.get(id(cell), cell) for cell in row] for row in rows]
-        with _staging(self.directory / "wandb"):
+        with _staging(self._staged):
             self._run.log({name: wandb.Table(columns=list(columns), data=cells)})
 
     def artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
@@ -140,7 +144,7 @@ class WandbTracker(Tracker):
         import wandb
 
         made = wandb.Artifact(name, type=kind)
-        with _staging(self.directory / "wandb"):
+        with _staging(self._staged):
             for inside, path in files.items():
                 made.add_file(str(path), name=inside)
             self._run.log_artifact(made)
@@ -157,8 +161,10 @@ class WandbTracker(Tracker):
         if run is None:
             return None
         where = None if run.disabled else str(run.settings.sync_dir) if run.offline else run.url
-        with _staging(self.directory / "wandb"):
+        with _staging(self._staged):
             run.finish(exit_code=1 if failed else 0)
+        if run.offline and not failed and not run.disabled and not is_whole(Path(str(where))):
+            raise DataError(f"W&B could not write all of {where}; is the disk full?")
         return where
 
 
@@ -200,7 +206,7 @@ def _can_log_in(mode: str | None) -> bool:
 
 @contextmanager
 def _staging(directory: Path) -> Iterator[None]:
-    """Let W&B stage pictures and files beside its offline runs, so that the folder can be moved and synced later."""
+    """Let W&B stage pictures and files beside its offline runs, so that they are there for as long as the runs are."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return
