@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 BUILTIN: dict[str, str] = {
+    "hallusionbench": "mitigate.benchmarks.hallusionbench:HallusionBench",
+    "mme": "mitigate.benchmarks.mme:Mme",
     "pope": "mitigate.benchmarks.pope:Pope",
     "testbed": "mitigate.benchmarks.testbed:Testbed",
 }

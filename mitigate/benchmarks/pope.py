@@ -89,13 +89,12 @@ class Pope(Benchmark):
         for line, row in read_rows(path):
             _check(row, f"{path}:{line}")
             pictures[row["image"]] = None
-            if self.limit is not None and len(pictures) > self.limit:
-                break
             sample = self._sample(row, split)
             if sample.id in samples:
                 raise DataError(f"{path}:{line}: the question_id {row['question_id']} is there twice; keep one row")
             samples[sample.id] = sample
-        return list(samples.values())
+        chosen = set(list(pictures)[: self.limit])
+        return [sample for sample in samples.values() if sample.image_id in chosen]
 
     def _sample(self, row: Mapping[str, Any], split: str) -> Sample:
         meta = {"label": row["label"], "pope": [split]}

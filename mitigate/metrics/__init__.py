@@ -6,6 +6,8 @@ from mitigate.metrics.base import ImageCounts, Interval, Metric, Scorer
 
 BUILTIN: dict[str, str] = {
     "chair": "mitigate.metrics.chair:Chair",
+    "hallusionbench": "mitigate.metrics.hallusionbench:HallusionBench",
+    "mme": "mitigate.metrics.mme:Mme",
     "pope": "mitigate.metrics.pope:Pope",
 }
 """Registered name -> ``module:class`` of the metrics that come with the project."""
