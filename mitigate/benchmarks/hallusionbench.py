@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span
-from mitigate.data import data_folder, read_rows, require_file
+from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import HALLUSIONBENCH
 from mitigate.errors import DataError
 from mitigate.metrics.hallusionbench import GRADERS, is_right
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mitigate.data import Source
     from mitigate.metrics.base import Scorer
     from mitigate.records import SampleRecord
 

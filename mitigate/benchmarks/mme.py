@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span
-from mitigate.data import data_folder, read_lines, require_file
+from mitigate.data import Source, data_folder, read_lines, require_file
 from mitigate.data.catalogue import MME
 from mitigate.errors import DataError
 from mitigate.metrics.mme import TASKS, TOTALS, parse
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mitigate.data import Source
     from mitigate.metrics.base import Scorer
     from mitigate.records import SampleRecord
 
