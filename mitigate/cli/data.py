@@ -247,9 +247,10 @@ def _files_table(name: str, states: Sequence[FileState], console: Console) -> No
 def _mend(states: Sequence[FileState], console: Console) -> None:
     for state in states:
         if state.verdict in (checking.OLDER, checking.ALTERED, checking.DAMAGED):
-            what = f"is {state.detail}" if state.verdict == checking.OLDER else "is not the file the benchmark needs"
-            how = "fetch again" if state.source.url else f"then {state.source.instruction}"
-            _say(console, _folded(f"{state.path} {what}: move it away, {how}"))
+            older = state.verdict == checking.OLDER
+            what = f"is an older version, {state.detail}" if older else "is not what the benchmark needs"
+            how = "fetch it again" if state.source.url else state.source.instruction
+            _say(console, _folded(f"{state.path} {what}: move it away, then {how}"))
 
 
 def _verdict(text: str, verdict: str) -> Text:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -85,8 +85,11 @@ def score(arguments: Sequence[str], console: Console) -> int:
         warnings.simplefilter("always", UserWarning)
         samples = benchmark.samples()
         used = dict(read)
-        scored = [_score(benchmark, samples, path, flags) for path in files]
-    notes = list(dict.fromkeys(str(item.message) for item in caught)) + _versions(benchmark, used, caught)
+        notes = _versions(benchmark, used, [str(item.message) for item in caught])
+        try:
+            scored = [_score(benchmark, samples, path, flags) for path in files]
+        except DataError as error:  # answers to another version's questions fit here as little as wrong ones
+            raise DataError("\n".join([str(error), *notes])) from None
     result = summary(
         benchmark,
         scored[-1],
@@ -105,11 +108,16 @@ def score(arguments: Sequence[str], console: Console) -> int:
 
 
 def _benchmark(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the benchmark's name, which comes first, and the other arguments."""
-    first = arguments[0]
-    if first.startswith("-") or "=" in first:
-        raise ConfigError(f"name the benchmark first: mitigate score BENCHMARK {first} ...")
-    return benchmark_name(first), list(arguments[1:])
+    """Return the benchmark's name, the first word, and the other arguments."""
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if not argument.startswith("-") and "=" not in argument:
+            return benchmark_name(argument), [*arguments[:position], *arguments[position + 1 :]]
+        if argument.partition("=")[0] not in _FLAGS:
+            break
+        position += 2 if _FLAGS.get(argument) else 1
+    raise ConfigError(f"name the benchmark first: mitigate score BENCHMARK {' '.join(arguments[position:])}".rstrip())
 
 
 def _read(arguments: Sequence[str], parameters: Parameters) -> dict[str, str]:
@@ -210,16 +218,16 @@ def _torn(benchmark: Benchmark, samples: Sequence[Sample], records: Sequence[Sam
     return sum(whole[cluster] > 0 for cluster in touched)
 
 
-def _versions(benchmark: Benchmark, used: Mapping[str, str], caught: Sequence[Any]) -> list[str]:
-    """Say which data files are not the pinned ones, unless the benchmark has said so."""
-    said = " ".join(str(item.message) for item in caught)
-    notes = []
+def _versions(benchmark: Benchmark, used: Mapping[str, str], said: Sequence[str]) -> list[str]:
+    """Return what the benchmark said while it read its files, and which others are not the pinned ones."""
+    notes = list(dict.fromkeys(said))
     for source in benchmark.sources:
+        named = source.path.removeprefix("../")
         for path, found in used.items():
-            named = source.path.removeprefix("../")
-            if source.sha256 in (None, found) or not f"/{Path(path).as_posix()}".endswith(f"/{named}") or path in said:
+            if source.sha256 in (None, found) or not f"/{Path(path).as_posix()}".endswith(f"/{named}"):
                 continue
             known = dict(source.older).get(found)
-            what = f"an older version ({known})" if known else "not the pinned file"
-            notes.append(f"{path} is {what}: the numbers need not compare with others' (`mitigate data check`)")
+            what = f"an older version, {known}" if known else "not the pinned file"
+            if path not in " ".join(said):
+                notes.append(f"{path} is {what}: the numbers need not compare with others' (`mitigate data check`)")
     return notes

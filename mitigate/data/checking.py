@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +92,25 @@ def inspect(source: Source, folder: Path) -> FileState:
     """Look at one source of a benchmark whose data folder is given."""
     path = source.location(folder)
     if source.is_folder:
-        there = path.is_dir()
-        return FileState(source=source, path=path, verdict=OK if there else MISSING)
+        return _folder(source, path)
     if not path.exists():
         return FileState(source=source, path=path, verdict=MISSING)
     try:
         found = file_hash(path)
         verdict, detail = _verdict(source, path, found)
     except DataError as error:
-        return FileState(source=source, path=path, verdict=DAMAGED, detail=str(error))
+        return FileState(source=source, path=path, verdict=DAMAGED, detail=str(error).replace(f"{path}:", "line "))
     return FileState(source=source, path=path, verdict=verdict, detail=detail, sha256=found)
+
+
+def _folder(source: Source, path: Path) -> FileState:
+    """Look at a folder of pictures; which of them are needed, and whether they can be read, the samples say."""
+    files = sum(1 for item in path.rglob("*") if item.is_file()) if path.is_dir() else 0
+    if not files:
+        return FileState(source=source, path=path, verdict=MISSING)
+    if source.count is not None and files < source.count:
+        return FileState(source=source, path=path, verdict=DAMAGED, detail=f"{files} of {source.count} files")
+    return FileState(source=source, path=path, verdict=OK, detail=f"{files} files")
 
 
 def _verdict(source: Source, path: Path, found: str) -> tuple[str, str]:
@@ -144,7 +154,9 @@ def check_pictures(
     from mitigate.benchmarks.base import check_samples
 
     try:
-        samples = benchmark.samples()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # versions of files: `inspect` names them
+            samples = benchmark.samples()
         check_samples(samples)
         if type(benchmark).image_files is Base.image_files:  # it draws its pictures
             return Pictures(needed=0, decoded=decode)

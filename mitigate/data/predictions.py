@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +50,23 @@ def read_predictions(
         Naming file and line, if the file is damaged, a key is missing, or an id or answer is of the wrong kind.
     """
     rows = parse_rows(source, name) if isinstance(source, bytes) else read_rows(source)
-    return [
-        Prediction(
-            _id(_get(row, id_field, "--id-field", f"{name}:{line}"), id_field, f"{name}:{line}"),
-            _answer(_get(row, text_field, "--text-field", f"{name}:{line}"), text_field, f"{name}:{line}"),
-            f"{name}:{line}",
-        )
-        for line, row in rows
-    ]
+    return [_prediction(row, f"{name}:{line}", id_field, text_field) for line, row in rows]
+
+
+def _prediction(row: Mapping[str, Any], place: str, id_field: str, text_field: str) -> Prediction:
+    if row.get("error"):  # what stands for its text is no answer
+        raise DataError(f"{place}: the sample failed ({row['error']!s:.60}); answer it, or take the line out")
+    key, answer = _get(row, id_field, "--id-field", place), _get(row, text_field, "--text-field", place)
+    if not isinstance(key, str) and (not isinstance(key, int) or isinstance(key, bool)):
+        raise DataError(f"{place}: {id_field!r} must be text or a whole number, not {_shown(key)}")
+    if not isinstance(answer, str):
+        hint = '; an empty answer is ""' if answer is None else ""
+        raise DataError(f"{place}: {text_field!r} must be the answer as text, not {_shown(answer)}{hint}")
+    return Prediction(str(key), answer, place)
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value):.60}"
 
 
 def _get(row: Mapping[str, Any], key: str, flag: str, place: str) -> Any:
@@ -64,19 +74,6 @@ def _get(row: Mapping[str, Any], key: str, flag: str, place: str) -> Any:
         there = ", ".join(row) or "nothing"
         raise DataError(f"{place}: there is no {key!r}, only {there}; name the key with {flag} KEY")
     return row[key]
-
-
-def _id(value: Any, key: str, place: str) -> str:
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return str(value)
-    raise DataError(f"{place}: {key!r} must be text or a whole number, not {value!r:.60}")
-
-
-def _answer(value: Any, key: str, place: str) -> str:
-    if isinstance(value, str):
-        return value
-    hint = '; an empty answer is ""' if value is None else ""
-    raise DataError(f"{place}: {key!r} must be the answer as text, not {value!r:.60}{hint}")
 
 
 def match(

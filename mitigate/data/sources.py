@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +106,9 @@ def _remedy(path: Path, benchmark: str) -> str:
         if f"/{name}".endswith(f"/{ending}") or (source.is_folder and f"/{ending}" in f"/{name}"):
             if source.url is None:
                 return source.instruction
-            break
+            root = name.removesuffix(f"{benchmark}/{ending}").rstrip("/")
+            elsewhere = "" if Path(root) in (data_root(None), Path(name)) else f" --data {shlex.quote(root)}"
+            return f"get it with: mitigate data fetch {benchmark}{elsewhere}"
     return f"get it with: mitigate data fetch {benchmark}"
 
 
