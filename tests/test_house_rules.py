@@ -31,6 +31,7 @@ ALLOWED = {
     "rich": ("cli", "runner", "report", "testbed"),
     "matplotlib": ("diagnostics",),
     "pooch": ("data",),
+    "nltk": ("metrics",),
     "openai": ("judges",),
     "pytest": ("testing",),
     "scipy": ("statistics",),

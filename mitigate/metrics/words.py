@@ -1,0 +1,74 @@
+"""Cutting English text into words the way the usual tools do, with the place of every word.
+
+CHAIR and CIDEr are defined over the tokens of the Penn Treebank style: punctuation stands alone, "dog's" is two tokens,
+"t-shirt" and "and/or" are one. The rules below give them without data files. They follow nltk's ``word_tokenize``; the
+one part of it that is a trained model, telling the full stop of a sentence from that of an abbreviation, is the short
+rule of `_is_abbreviation`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Token(NamedTuple):
+    """A word or sign, in lower case, and where it stands: ``text[start:end]``."""
+
+    text: str
+    start: int
+    end: int
+
+
+_CHUNK: Final = re.compile(r"\S+")
+#: What is a token wherever it stands. A comma or colon inside a number is not.
+_SIGN: Final = re.compile(r"`+|''|\.{2,}|--|[\"«»“”‘’„;@#$%&?!*\[\](){}<>\u2012-\u2015]|[:,](?!\d)")
+#: A full stop at the end of a chunk, and the quotes and brackets that may close behind it.
+_STOP: Final = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’]*\Z)")
+_CLITIC: Final = re.compile(r"(?<=[^'])('s|'m|'d|'ll|'re|'ve|n't|')\Z", re.IGNORECASE)
+_OPENING_QUOTE: Final = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
+_SPLITS: Final = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3}
+_ABBREVIATIONS: Final = frozenset(
+    ("co", "corp", "dr", "inc", "jr", "ltd", "mr", "mrs", "ms", "mt", "prof", "rev", "sr", "st", "vs")
+)
+
+
+def tokenize(text: str) -> list[Token]:
+    """Cut a text into tokens, in order."""
+    end = len(text.rstrip())
+    return [token for chunk in _CHUNK.finditer(text) for token in _cut(chunk.group(), chunk.start(), end)]
+
+
+def _cut(chunk: str, offset: int, length: int) -> Iterator[Token]:
+    """Cut what stands between two white spaces."""
+    cuts = {0, len(chunk)}
+    for sign in _SIGN.finditer(chunk):
+        cuts |= set(sign.span())
+    stop = _STOP.search(chunk)
+    if stop and (offset + len(chunk) == length or not _is_abbreviation(chunk[: stop.start()])):
+        cuts |= set(stop.span())
+    places = sorted(cuts)
+    for start, end in pairwise(places):
+        yield from _cut_word(chunk[start:end], offset + start)
+
+
+def _cut_word(word: str, offset: int) -> Iterator[Token]:
+    """Cut quotes and clitics off a word without punctuation: ``'dogs'`` is three tokens, ``dog's`` two."""
+    cuts = {0, len(word), *(place for quote in _OPENING_QUOTE.finditer(word) for place in quote.span())}
+    if clitic := _CLITIC.search(word):
+        cuts.add(clitic.start())
+    if place := _SPLITS.get(word.lower()):
+        cuts.add(place)
+    places = sorted(cuts)
+    for start, end in pairwise(places):
+        yield Token(word[start:end].lower(), offset + start, offset + end)
+
+
+def _is_abbreviation(word: str) -> bool:
+    """Whether a full stop belongs to the word before it: an initial, ``u.s.``, or a title or company."""
+    lower = word.lower().lstrip("(\"'")
+    return (len(lower) == 1 and lower.isalpha()) or "." in lower.strip(".") or lower in _ABBREVIATIONS
