@@ -58,7 +58,7 @@ class Difference(Interval):
         """
         if self.images < FEW_IMAGES:
             return f"only {self.images} images count: the interval is too narrow (fewer than {FEW_IMAGES})"
-        if 0 < self.changed < FEW_CHANGES:
+        if self.changed < FEW_CHANGES:
             return f"only {self.changed} images changed: the interval is too narrow (fewer than {FEW_CHANGES})"
         return None
 
