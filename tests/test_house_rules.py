@@ -63,6 +63,7 @@ FORBIDDEN = {
     "report": ("adapters", "cli", "compose", "methods"),
     "runner": ("cli", "diagnostics", "methods"),
     "diagnostics": ("cli", "methods"),
+    "reproduction": ("adapters", "cli", "core", "methods", "testbed", "trackers"),
     "scaffold": ("cli", "compose", "core", "methods", "runner"),
 }
 

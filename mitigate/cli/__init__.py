@@ -25,6 +25,7 @@ COMMANDS = {
     "trace": "mitigate.cli.tracing:trace",
     "list": "mitigate.cli.listing:show",
     "data": "mitigate.cli.data:data",
+    "reproduce": "mitigate.cli.reproducing:reproduce",
     "check": "mitigate.cli.checking:check",
     "new": "mitigate.cli.creating:new",
     "testbed": "mitigate.cli.testbed:testbed",
@@ -46,6 +47,7 @@ Commands
   score     score answers that any other tool produced, without a model   (score BENCHMARK --predictions FILE)
   report    put runs that lie on disk on one page, with a browser of the samples   (report RUN ...)
   upload    show runs that lie on disk in Weights & Biases, whenever they were made   (upload RUN ...)
+  reproduce run a published table with its own protocol: published against measured   (reproduce --list)
   plan      print what a stack would do: points, layers, order, every value and where it came from
   data      get and check the files a benchmark needs       (data list | data fetch NAME | data check NAME)
   list      list methods, models, metrics, stacks, ... and who brings them   (--json for everything, with parameters)

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     if options.config:
         return _print_configs(console, jobs)
     folders = [_directory(job, job.run_name, f"{job.stack_name}-{job.digest}", len(jobs)) for job in jobs]
-    _check_before_start(list(zip(jobs, folders, strict=True)))
+    check_before_start(list(zip(jobs, folders, strict=True)))
     from mitigate.runner import run as start
 
     for number, (job, directory) in enumerate(zip(jobs, folders, strict=True), start=1):
@@ -73,7 +73,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
         _directory(job[0], comparison_name(job), f"{len(job)}-stacks-{comparison_digest(job)}", len(jobs))
         for job in jobs
     ]
-    _check_before_start(
+    check_before_start(
         [(run, folder / run.stack_name) for job, folder in zip(jobs, folders, strict=True) for run in job]
     )
     for note in dict.fromkeys(notes):
@@ -90,7 +90,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
-def _check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
+def check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
     """Refuse all jobs if one of them asks for a model or device that cannot be had, or its folder holds another run.
 
     Raises

@@ -1,0 +1,111 @@
+"""Running a published table: every comparison through the same path as ``mitigate compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mitigate.errors import ConfigError
+from mitigate.jsonfiles import write_text
+from mitigate.reproduction.markdown import as_markdown
+from mitigate.reproduction.needs import Missing, missing_for
+from mitigate.reproduction.results import merge_results, result_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mitigate.reproduction.planning import Job
+
+
+def missing_of(jobs: Sequence[Job]) -> dict[Missing, list[Job]]:
+    """Return what comparisons need and do not find on this machine, with those that need it."""
+    found: dict[Missing, list[Job]] = {}
+    known: dict[str, list[Missing]] = {}
+    for job in jobs:
+        run = job.runs[0]
+        # the same model or data in several comparisons is looked for once
+        key = f"{run.config['model']} {run.config['benchmark']}"
+        if key not in known:
+            known[key] = missing_for(run)
+        for missing in known[key]:
+            found.setdefault(missing, []).append(job)
+    return found
+
+
+def refuse_missing(jobs: Sequence[Job]) -> None:
+    """Refuse to start if anything is missing.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first thing that is missing, how to get it, and how to see the others.
+    """
+    missing = missing_of(jobs)
+    if not missing:
+        return
+    first, *others = missing
+    more = f"; {len(others)} more things are missing" if others else ""
+    raise ConfigError(
+        f"{first.what} (get it: {first.remedy}){more}\n"
+        f"`mitigate reproduce {jobs[0].published.name} --dry-run` lists all; model= and benchmark= choose among the "
+        f"table's, model=testbed tries it in small"
+    )
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    console: Console,
+    command: str = "",
+    begin: Callable[[int, Job, Path], None] = lambda number, job, directory: None,
+) -> Mapping[str, Any] | None:
+    """Run comparisons one after the other, and write what was published beside what was measured.
+
+    Started again after an interruption, it goes on where it stopped.
+
+    Parameters
+    ----------
+    jobs
+        Of one table.
+    folder
+        Folder of the table; each comparison has its own below.
+    console
+        Where progress, tables and messages go.
+    command
+        Command line, for the reports.
+    begin
+        Called before each comparison with its number, itself, and its folder.
+
+    Returns
+    -------
+    Mapping or None
+        Content of ``reproduction.json``, which is complete after every comparison; ``None`` in processes other than
+        the first.
+    """
+    from mitigate.runner import compare
+
+    data: Mapping[str, Any] | None = None
+    for number, job in enumerate(jobs, start=1):
+        directory = folder / job.name
+        begin(number, job, directory)
+        comparison = compare(job.runs, directory, console=console, command=command)
+        if comparison is None:
+            continue
+        results = {job.name: result_of(job, _against_vanilla(job, comparison.data, directory))}
+        data = merge_results(folder, job.published, results)
+        write_text(folder / "reproduction.md", as_markdown(data))
+    return data
+
+
+def _against_vanilla(job: Job, data: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    """Return the comparison with the vanilla row as baseline, which in some tables is another one than ``none``."""
+    vanilla = job.published.vanilla
+    if data["baseline"] == vanilla:
+        return data
+    from mitigate.runner.results import summarise
+    from mitigate.runner.stored import read_run
+
+    stacks = [vanilla, *(stack for stack in job.rows if stack != vanilla)]
+    return summarise(directory.name, [read_run(directory / stack) for stack in stacks])
