@@ -199,7 +199,10 @@ def _about_stack(name: str, hydra: Session) -> dict[str, Any]:
 
 
 def _about_experiment(name: str, hydra: Session) -> dict[str, Any]:
-    return {"values": flatten(OmegaConf.to_container(hydra.load_raw(f"experiment/{name}")))}
+    raw: Any = OmegaConf.to_container(hydra.load_raw(f"experiment/{name}"))
+    said = raw.pop("reproduction", None) or {}
+    table = f"{said['table']}, arXiv {said['arxiv']}" if {"table", "arxiv"} <= set(said) else ""
+    return {"values": flatten(raw), "published_table": table}
 
 
 def _about_metric(plugin: Any) -> dict[str, Any]:

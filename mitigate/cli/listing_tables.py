@@ -96,7 +96,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
         "Metrics", ("what it measures", "names"), lambda row: (row["summary"], ", ".join(row["metrics"]))
     ),
     "stacks": _table("Stacks", ("methods, in order", "values of its own"), _stack),
-    "experiments": _table("Experiments", ("values",), lambda row: (_values(row),)),
+    "experiments": _table(
+        "Experiments", ("values", "published table"), lambda row: (_values(row), row["published_table"])
+    ),
     "families": _table("Model families", ("adapter",), lambda row: (row["class"],)),
     "diagnostics": _table("Diagnostics", ("what it shows",), lambda row: (row["summary"],)),
     "trackers": _table("Trackers", ("what it does", "modes"), lambda row: (row["summary"], ", ".join(row["modes"]))),
