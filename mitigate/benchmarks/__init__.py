@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 BUILTIN: dict[str, str] = {
+    "amber": "mitigate.benchmarks.amber:Amber",
     "hallusionbench": "mitigate.benchmarks.hallusionbench:HallusionBench",
     "mme": "mitigate.benchmarks.mme:Mme",
+    "mmhal": "mitigate.benchmarks.mmhal:Mmhal",
     "pope": "mitigate.benchmarks.pope:Pope",
     "testbed": "mitigate.benchmarks.testbed:Testbed",
 }

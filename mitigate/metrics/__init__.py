@@ -5,9 +5,11 @@ from __future__ import annotations
 from mitigate.metrics.base import ImageCounts, Interval, Metric, Scorer
 
 BUILTIN: dict[str, str] = {
+    "amber": "mitigate.metrics.amber:Amber",
     "chair": "mitigate.metrics.chair:Chair",
     "hallusionbench": "mitigate.metrics.hallusionbench:HallusionBench",
     "mme": "mitigate.metrics.mme:Mme",
+    "mmhal": "mitigate.metrics.mmhal:Mmhal",
     "pope": "mitigate.metrics.pope:Pope",
 }
 """Registered name -> ``module:class`` of the metrics that come with the project."""
