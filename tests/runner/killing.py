@@ -24,7 +24,6 @@ from tests.runner.fake_world import FakeLoaded, install, resolved
 
 STACKS = ("none", "turned")
 IMAGES = 10
-LONGEST_WAIT = 0.7
 
 
 def once(folder: Path) -> None:
@@ -68,13 +67,16 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill until ``kills`` processes died while they were at work; every comparison is brought to its end."""
     draw = random.Random(seed)
     undisturbed = folder / "undisturbed" / "c"
+    once(folder / "warm" / "c")
+    started = time.monotonic()
     once(undisturbed)
+    whole = time.monotonic() - started
     expected = answers(undisturbed)
     seen: dict[str, Any] = {"kills": 0, "in_the_middle": 0, "comparisons": 0, "wrong": []}
     while seen["kills"] < kills:
         place = folder / f"killed-{seen['comparisons']}" / "c"
         done, before = 0, -1
-        while killed(place, draw.uniform(0, LONGEST_WAIT)):
+        while killed(place, draw.uniform(0, whole)):
             seen["kills"] += 1
             before, done = done, sum(len(each["records"]) for each in answers(place).values())
             seen["in_the_middle"] += 0 < done < 2 * len(expected["none"]["records"])
