@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,24 +111,26 @@ def _values(asked: Sequence[str]) -> dict[str, Any]:
     """Read ``tracker.KEY=VALUE``, typed as in a configuration."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from mitigate.compose.schema import TrackerConfig
-    from mitigate.compose.schemas import check_value
 
-    known = [field.name for field in dataclasses.fields(TrackerConfig)]
-    values: dict[str, Any] = {}
+    node: Any = OmegaConf.structured(TrackerConfig)
+    keys = []
     for text in asked:
         key, given, _ = text.removeprefix("tracker.").partition("=")
-        if key not in known:
-            raise ConfigError(f"{text}: a tracker has no key {key!r}{suggestion(key, known)}")
+        if key not in node:
+            raise ConfigError(f"{text}: a tracker has no key {key!r}{suggestion(key, list(node))}")
         try:
             override = OverridesParser.create().parse_override(text) if given else None
-        except HydraException:
-            override = None
-        if override is None or override.is_sweep_override():
-            raise ConfigError(f"cannot read {text!r} as tracker.KEY=VALUE with one value")
-        values[key] = check_value(TrackerConfig, key, override.value(), text)
-    return values
+            if override is None or override.is_sweep_override():
+                raise ConfigError(f"{text} must be tracker.KEY=VALUE with one value")
+            node[key] = override.value()
+        except (HydraException, OmegaConfBaseException):
+            raise ConfigError(f"{text}: this value cannot be read; quote brackets for the shell") from None
+        keys.append(key)
+    return {key: OmegaConf.to_container(node)[key] for key in keys}
 
 
 def _tracker(target: Target, values: Mapping[str, Any]) -> Tracker:

@@ -124,7 +124,7 @@ def _log(
     report: Path | None,
 ) -> str | None:
     """Log one stack; returns where it is."""
-    stack, run = group[0].stack, _described(group, comparison)
+    stack, run = group[0].stack, _described(group, comparison, tracker.config.get("project"))
     tracker.start(run)
     tracker.log(flat_numbers(comparison, stack))
     tracker.table("samples", *tables.of(stack))
@@ -165,12 +165,12 @@ def _remembered(memory: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     return {}, [f"{memory} was damaged and is written anew: every stack is tracked again."]
 
 
-def _described(group: Sequence[StoredRun], comparison: Mapping[str, Any]) -> TrackedRun:
+def _described(group: Sequence[StoredRun], comparison: Mapping[str, Any], project: str | None) -> TrackedRun:
     first, record = group[0], group[0].record
     about = ("versions", "git", "data_hash", "prompt_hash", "weights", "created_at", "provenance")
     return TrackedRun(
-        # The same whenever this stack is tracked: a second try replaces the first one.
-        id=content_hash([comparison["name"], first.stack, [run.record.created_at for run in group]])[:16],
+        # The same whenever this stack is tracked in this project, in whatever mode: a second try replaces the first.
+        id=content_hash([project, comparison["name"], first.stack, [run.record.created_at for run in group]])[:16],
         name=first.stack,
         group=comparison["name"],
         config={
@@ -203,7 +203,8 @@ def flat_numbers(comparison: Mapping[str, Any], stack: str) -> dict[str, float]:
     flat["failures"] = results.get("failures", 0)
     for kind, prefix in (("metrics", ""), ("differences", "difference/")):
         for name, parts in results[kind].items():
-            flat |= {f"{prefix}{name}{'' if key == 'value' else f'/{key}'}": part for key, part in parts.items()}
+            kept = {"" if key == "value" else f"/{key}": part for key, part in parts.items() if key != "undefined"}
+            flat |= {f"{prefix}{name}{end}": part for end, part in kept.items()}
     for kind, values in (
         ("mcnemar", results["mcnemar"] or {}),
         ("effect", results["effects"]),

@@ -70,10 +70,9 @@ class WandbTracker(Tracker):
     @property
     def destination(self) -> str:
         """Mode and project, the entity if one is named, and in a sweep the agent's run."""
-        mode = self.config.get("mode") or _own_mode()
-        parts = [self.name, mode, self.config.get("project"), self.config.get("entity")]
+        parts = [self.name, self._mode, self.config.get("project"), self.config.get("entity")]
         if self.trial:
-            parts = [self.name, mode, "sweep", os.environ["WANDB_SWEEP_ID"], os.environ.get("WANDB_RUN_ID")]
+            parts = [self.name, self._mode, "sweep", os.environ["WANDB_SWEEP_ID"], os.environ.get("WANDB_RUN_ID")]
         return " ".join(str(part) for part in parts if part)
 
     @property
@@ -81,12 +80,20 @@ class WandbTracker(Tracker):
         """Whether an agent of a W&B sweep started this process."""
         return bool(os.environ.get("WANDB_SWEEP_ID"))
 
+    @property
+    def _mode(self) -> str:
+        from wandb.sdk import wandb_setup
+
+        return str(self.config.get("mode") or wandb_setup.singleton().settings.mode)
+
     def start(self, run: TrackedRun) -> None:
         """Open a W&B run named after the stack, or the agent's run in a sweep."""
         import wandb
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._forget(run_id := os.environ.get("WANDB_RUN_ID", "") if self.trial else run.id)
+        run_id = os.environ.get("WANDB_RUN_ID", "") if self.trial else run.id
+        if self._mode == "offline":
+            self._forget(run_id)
         self._staged = self._staged.with_name(f"staged-{run_id}")
         # A comparison lasts minutes and records its own versions: what W&B collects by itself only costs time.
         settings = wandb.Settings(
@@ -177,13 +184,6 @@ def _picture(picture: Image) -> Any:
     shown = picture.convert("RGB")
     shown.thumbnail((MOST_PIXELS, MOST_PIXELS))
     return wandb.Image(shown, file_type="jpg")
-
-
-def _own_mode() -> str:
-    """Return the mode of the user's own W&B settings."""
-    from wandb.sdk import wandb_setup
-
-    return str(wandb_setup.singleton().settings.mode)
 
 
 def _can_log_in(mode: str | None) -> bool:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,42 +14,9 @@ from mitigate.errors import ConfigError
 from mitigate.registry import trackers
 from mitigate.trackers import BUILTIN
 from mitigate.trackers.base import TrackedRun, Tracker
+from tests.trackers.reading import read_back
 
 OFFLINE = {"name": "wandb", "mode": "offline", "project": "test", "entity": None, "tags": ["a"]}
-
-
-def read_back(run_dir: Path) -> list[Any]:
-    """Read the records of a finished offline run; W&B's own process may still be writing the last ones."""
-    (path,) = run_dir.glob("*.wandb")
-    deadline = time.monotonic() + 20
-    while True:
-        records = parse(path.read_bytes())
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return records
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def parse(data: bytes) -> list[Any]:
-    """Read a ``.wandb`` file: a LevelDB log of protobuf records, in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    assert data[:4] == b":W&B"
-    records, position, parts = [], 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
 
 
 @pytest.fixture
