@@ -16,7 +16,9 @@ from mitigate.compose.session import GROUPS, flatten, session
 from mitigate.registry import benchmarks, methods
 
 CONF = Path(__file__).parents[2] / "conf"
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+FILES = sorted(
+    path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent.name != "sweep"
+)  # W&B's, not Hydra's
 
 
 def read(file: Path) -> dict[str, Any]:
