@@ -58,7 +58,7 @@ def report(arguments: Sequence[str], console: Console) -> int:
     formats, samples = _formats(flags.get("--format", "html")), _samples(flags.get("--samples", str(SAMPLES)))
     paths = [Path(word) for word in words]
     folder = Path(flags.get("--out", words[0]))
-    if folder.exists() and not folder.is_dir():
+    if "--out" in flags and folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder")
     from mitigate.runner.comparable import check_comparable
     from mitigate.runner.results import summarise

@@ -57,9 +57,15 @@ def _headline(name: str, comparison: Mapping[str, Any], *, paired: bool) -> list
         made += _tests(name, metric, comparison)
     for other in beside(comparison, name):
         made += _context(other, comparison, paired=paired)
-    if any(data.get("failures") for data in stacks.values()):
-        made.append(_column("samples", "failed", lambda data: Cell(text=str(data.get("failures", 0))), stacks))
-    return made
+    if any(name in data.get("seed_spread", {}) for data in stacks.values()):
+        factor = 100.0 if metric["percent"] else 1.0
+
+        def spread(data: Mapping[str, Any]) -> Cell:
+            found = data["seed_spread"].get(name)
+            return Cell(text=number(None if found is None else factor * found))
+
+        made.insert(1, _column("deviation", "over seeds", spread, stacks))
+    return made + _section(comparison, "failures")
 
 
 def _tests(name: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[Column]:

@@ -25,8 +25,8 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
     for run in runs:
         for setting, (here, there) in _differences(first, run).items():
             raise ConfigError(
-                f"{first.directory} and {run.directory} cannot be compared: {setting} is {here} in the first and "
-                f"{there} in the second; report them separately"
+                f"{first.directory} and {run.directory} cannot be compared, they differ in {setting}: "
+                f"{here} in the first, {there} in the second; report them separately"
             )
         other = stacks.setdefault(run.stack, run)
         if other.methods != run.methods:

@@ -49,7 +49,7 @@ class Column:
     Parameters
     ----------
     section
-        Which part of the table: ``quality``, ``difference``, ``cost`` or ``effect``.
+        Which part of the table: ``quality``, ``difference``, ``cost``, ``failures`` or ``effect``.
     group, title
         Header lines; the group is what neighbouring columns share.
     metric
@@ -110,8 +110,9 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
             )
             for name in comparison["headline"]
         ]
-        made += _tests(comparison)
     made += [_numbers(stacks, *definition) for definition in _COST_AND_EFFECTS]
+    if any(data["failures"] for data in stacks.values()):
+        made.append(_numbers(stacks, "failures", "samples", "failed", _failed))
     return made + [
         Column(
             section="effect",
@@ -124,29 +125,6 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
     ]
 
 
-def _tests(comparison: Mapping[str, Any]) -> list[Column]:
-    """Make the columns of p-values: for the report."""
-    stacks = comparison["stacks"]
-    made = [
-        Column(
-            section="test",
-            group="p, Holm",
-            title=comparison["metrics"][name]["title"],
-            cells={
-                stack: Cell(text=p_text(data["differences"][name]["p_holm"]) if name in data["differences"] else "")
-                for stack, data in stacks.items()
-            },
-        )
-        for name in comparison["headline"]
-    ]
-    if any(data["mcnemar"] for data in stacks.values()):
-        cells = {
-            stack: Cell(text=p_text(data["mcnemar"]["p"]) if data["mcnemar"] else "") for stack, data in stacks.items()
-        }
-        made.append(Column(section="test", group="p, McNemar", title="yes/no", cells=cells))
-    return made
-
-
 def p_text(value: float | None) -> str:
     """Format a p-value; very small ones by their bound."""
     return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
@@ -155,7 +133,7 @@ def p_text(value: float | None) -> str:
 def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     """Print the table, folded into as many blocks with the same rows as the width asks for."""
     width = console.width if console.is_terminal else PLAIN_WIDTH
-    made = [column for column in columns(comparison) if column.section != "test"]
+    made = columns(comparison)
     name_width = max(len("stack"), *(len(name) for name in comparison["stacks"]))
     title: str | None = (
         f"{comparison['name']}: {comparison['n_images']} pictures, {comparison['n_samples']} answers per stack, "
@@ -184,7 +162,10 @@ def units(metrics: Iterable[Mapping[str, Any]]) -> str:
     metrics = list(metrics)
     rates = ["rates in %"] if any(metric["percent"] for metric in metrics) else []
     plain = dict.fromkeys((metric["title"], metric.get("unit", "")) for metric in metrics if not metric["percent"])
-    return ", ".join([*rates, *(f"{title[0].lower() + title[1:]} in {unit}" for title, unit in plain if unit)])
+    # A title that names its unit says enough; one that begins with an abbreviation keeps its capitals.
+    named = [(title, unit) for title, unit in plain if unit and unit not in title.split()]
+    named = [(title if title[1:2].isupper() else title[0].lower() + title[1:], unit) for title, unit in named]
+    return ", ".join([*rates, *(f"{title} in {unit}" for title, unit in named)])
 
 
 def footnotes(comparison: Mapping[str, Any]) -> list[str]:
@@ -195,9 +176,24 @@ def footnotes(comparison: Mapping[str, Any]) -> list[str]:
             f"* the paired 95 % interval of the difference to {comparison['baseline']} excludes zero "
             "(bootstrap over pictures, no correction for several stacks)."
         )
+        if least := _least_differences(comparison):
+            lines.append(f"The smallest difference these samples could have shown (power 80 %): {least}.")
     for stack, data in comparison["stacks"].items():
-        lines += [f"! {stack}: {note}" for note in data["notes"]]
+        lines += [f"! {stack}: {note}" for kind in ("warnings", "notes") for note in data[kind]]
     return lines + list(comparison["notes"])
+
+
+def _least_differences(comparison: Mapping[str, Any]) -> str:
+    """Return the minimum detectable effects of the headline metrics, over all stacks."""
+    told = []
+    for name in comparison["headline"]:
+        metric = comparison["metrics"][name]
+        found = [data["differences"][name]["mde"] for data in comparison["stacks"].values() if data["differences"]]
+        known = sorted(_scale(metric) * value for value in found if value)
+        if known:
+            low, high = number(known[0]), number(known[-1])
+            told.append(f"{metric['title']} {low if low == high else f'{low} to {high}'}")
+    return ", ".join(told)
 
 
 def number(value: float | str | None, digits: int = 1, *, sign: bool = False) -> str:
@@ -284,6 +280,10 @@ _WHERE_IT_HAPPENED = (
     ("steps_edited_per_token", "logits edited", "/token"),
     ("tokens_changed_per_token", "tokens changed", "/token"),
 )
+
+
+def _failed(data: Mapping[str, Any]) -> Cell:
+    return Cell(text=str(data["failures"]), tone=FLAG if data["failures"] else "")
 
 
 def _effect(data: Mapping[str, Any], name: str) -> float | None:

@@ -79,9 +79,8 @@ def test_csv_has_one_number_a_row_with_its_tests(comparison: dict[str, Any]) -> 
     rows = rows_of(tidy(comparison))
     assert tuple(rows[0]) == COLUMNS
     (row,) = [row for row in rows if (row["stack"], row["metric"], row["breakdown"]) == ("good", "chair_i", "")]
-    assert {key: float(row[key]) for key in ("value", "difference", "diff_low", "p_holm", "effect_size", "mde", "n")} == {
-        "value": 0.2, "difference": -0.1, "diff_low": -0.15, "p_holm": 0.02, "effect_size": 0.25, "mde": 0.028, "n": 70,
-    }  # fmt: skip
+    numbers = {"value": 0.2, "difference": -0.1, "diff_low": -0.15, "p_holm": 0.02, "effect_size": 0.25, "mde": 0.028}
+    assert {key: float(row[key]) for key in (*numbers, "n")} == {**numbers, "n": 70}
     assert (row["unit"], row["higher_is_better"], row["baseline"], row["failures"]) == ("rate", "false", "none", "0")
     (row,) = [row for row in rows if (row["stack"], row["category"]) == ("good", "rare")]
     assert (row["breakdown"], row["value"], row["diff_high"], row["n"]) == ("kind", "0.25", "-0.0625", "2")

@@ -65,6 +65,7 @@ def stack(chair: float, cost: float, differences: dict[str, Any], *, idle: list[
         "cost": {"ms_per_token": cost, "overhead": cost / 2, "tokens": 10.0, "seconds": 1.0, "batch_size": 4},
         "notes": [f"{key} did nothing" for key in idle or []],
         "warnings": [],
+        "seed_spread": {},
         "record": {
             "created_at": "2026-01-01T00:00:00+00:00",
             "versions": {"torch": "9.9"},
