@@ -5,17 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from mitigate.cli import main
 from mitigate.records import RunRecord, read_samples
 from mitigate.trackers import wandb_file
 from tests.runner.fake_world import FakeBenchmark
 from tests.trackers.conftest import TrackedComparison
-from tests.trackers.reading import Logged
+from tests.trackers.reading import Logged, read_group
 
 
 def test_one_run_per_stack_in_one_group(tracked: TrackedComparison) -> None:
@@ -155,3 +157,20 @@ def test_an_offline_run_that_is_cut_off_anywhere_is_not_whole(
         assert not wandb_file.is_whole(tmp_path), length
     cut.write_bytes(data)
     assert wandb_file.is_whole(tmp_path)
+
+
+def test_an_upload_finds_the_same_runs_and_logs_them_as_compare_did(
+    tracked: TrackedComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tracked.directory, directory := tmp_path / "moved", ignore=shutil.ignore_patterns("wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["upload", str(directory), "tracker.mode=offline"]) == 0
+    assert "nothing new for wandb offline paper" in capsys.readouterr().out
+    assert not (directory / "wandb").exists()
+    assert main(["upload", str(directory / "turned"), "tracker.mode=offline", "--force"]) == 0
+    (uploaded,) = read_group(directory).values()
+    before = tracked.logged["turned"]
+    assert (uploaded.run.run_id, uploaded.run.run_group) == (before.run.run_id, before.run.run_group)
+    assert uploaded.numbers == before.numbers
+    assert uploaded.config == before.config
+    assert [row[1:] for row in uploaded.table()[1]] == [row[1:] for row in before.table()[1]]
