@@ -202,9 +202,15 @@ class HallusionBench(Scorer):
         total = {name: sums.get(f"{_PREFIX}{name}", 0.0) for name in _COUNTS}
         if not total["questions"]:
             return []
-        kinds = (("figures", "fAcc: no picture"), ("easy", "easy aAcc: no original"), ("hard", "hard aAcc: no edited"))
+        kinds = {
+            "figures": "fAcc: no picture",
+            "easy": "easy_aAcc: no original picture",
+            "hard": "hard_aAcc: no edited picture",
+        }
         found = [
-            f"hallusionbench/{text} is asked about, so it is shown as 0" for name, text in kinds if not total[name]
+            f"{_PREFIX}{text} is asked about, so it is undefined and shown as 0"
+            for name, text in kinds.items()
+            if not total[name]
         ]
         if not total["wrong"]:
             found.append(f"{_PREFIX}fp_ratio: no answer is wrong, so it is undefined and shown as 0")

@@ -176,7 +176,7 @@ class Mme(Scorer):
             if task not in self.tasks:
                 raise DataError(f"sample {answers[0].id!r} is of the task {task!r}; scored are {', '.join(self.tasks)}")
             if len(answers) != 2:
-                raise DataError(f"MME counts pairs: {picture} has {len(answers)} answers instead of 2; run it again")
+                raise DataError(f"MME counts pairs: {picture} needs both its answers, but has {len(answers)}")
             pair = [(answer.text, benchmark.truth(answer, "label")) for answer in answers]
             for column, amount in picture_counts(task, pair).items():
                 total[column] = total.get(column, 0.0) + amount
