@@ -119,7 +119,11 @@ POPE: Final = (
 # --- captions of COCO pictures ----------------------------------------------------------------------------------------
 
 CHAIR: Final = (
-    *(_annotations(kind, split) for kind in ("instances", "captions") for split in ("train", "val")),
+    *(
+        _annotations(kind, split, optional=split == "train")
+        for split in ("val", "train")
+        for kind in ("instances", "captions")
+    ),
     COCO_PICTURES,
 )
 COCO_CAPTION: Final = (_annotations("captions", "val"), COCO_PICTURES)

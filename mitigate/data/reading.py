@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mitigate.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from PIL.Image import Image
 
@@ -79,8 +79,15 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
 
 
-def read_document(path: Path) -> Any:
+def read_document(path: Path, shrink: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a file that is one JSON value, such as annotations.
+
+    Parameters
+    ----------
+    path
+        A UTF-8 file.
+    shrink
+        What to keep of each object, called as soon as it is read: a large file then never is in memory as a whole.
 
     Raises
     ------
@@ -89,7 +96,7 @@ def read_document(path: Path) -> Any:
     """
     text = _text(_bytes(Path(path)), str(path))
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_hook=shrink)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: {_reason(error)}") from None
     except (ValueError, RecursionError) as error:
