@@ -4,6 +4,8 @@ from __future__ import annotations
 
 BUILTIN: dict[str, str] = {
     "amber": "mitigate.benchmarks.amber:Amber",
+    "chair": "mitigate.benchmarks.chair:Chair",
+    "coco_caption": "mitigate.benchmarks.coco_caption:CocoCaption",
     "hallusionbench": "mitigate.benchmarks.hallusionbench:HallusionBench",
     "mme": "mitigate.benchmarks.mme:Mme",
     "mmhal": "mitigate.benchmarks.mmhal:Mmhal",

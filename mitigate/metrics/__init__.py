@@ -7,6 +7,7 @@ from mitigate.metrics.base import ImageCounts, Interval, Metric, Scorer
 BUILTIN: dict[str, str] = {
     "amber": "mitigate.metrics.amber:Amber",
     "chair": "mitigate.metrics.chair:Chair",
+    "cider": "mitigate.metrics.cider:Cider",
     "hallusionbench": "mitigate.metrics.hallusionbench:HallusionBench",
     "mme": "mitigate.metrics.mme:Mme",
     "mmhal": "mitigate.metrics.mmhal:Mmhal",

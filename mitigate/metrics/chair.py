@@ -184,6 +184,11 @@ class Chair(Scorer):
         text = self.scored_text(record)
         if self.lemmatizer is None:
             return chair_counts(text, objects, benchmark.object_words())
+        if record.meta.get("lemmatizer", self.lemmatizer) != self.lemmatizer:
+            raise DataError(
+                f"the objects of sample {record.id!r} were found with lemmatizer={record.meta['lemmatizer']}; "
+                f"its caption cannot be read with {self.lemmatizer}"
+            )
         reading = read(text, self.lemmatizer)
         return _counts([mention.name for mention in reading.mentions], set(objects), len(reading.words))
 
