@@ -163,8 +163,11 @@ def _show_protocol(jobs: Sequence[Job], console: Console) -> None:
         _say(console, f"  {job.published.models[job.model].printed}: {rows}")
         if job.other_model:
             _say(console, f"      another model: {job.other_model}; no verdict will be drawn")
+    printed = {column for job in jobs for row in job.rows.values() for column in row}
     measured = ", ".join(
-        f"{column} = {'100 - ' if how.complement else ''}{how.metric}" for column, how in jobs[0].columns.items()
+        f"{column} = {'100 - ' if how.complement else ''}{how.metric}"
+        for column, how in jobs[0].columns.items()
+        if column in printed
     )
     _say(console, f"  Columns: {measured}")
     if jobs[0].altered:

@@ -27,7 +27,7 @@ class Missing:
     Parameters
     ----------
     kind
-        ``model``, ``weights`` or ``data``.
+        ``model``, ``weights``, ``words`` or ``data``.
     what
         What is missing, in a few words.
     remedy
@@ -49,7 +49,23 @@ def missing_for(run: ResolvedRun) -> list[Missing]:
     except MitigateError as error:
         found.append(Missing(kind="model", what=str(error), remedy="add an adapter for the family"))
     weights = missing_weights(run.config["model"])
-    return [*found, *([weights] if weights is not None else []), *missing_data(run.benchmark)]
+    words = missing_words(run.benchmark)
+    return [*found, *(item for item in (weights, words) if item is not None), *missing_data(run.benchmark)]
+
+
+def missing_words(benchmark: Benchmark) -> Missing | None:
+    """Return what reading captions takes and is not installed: seen now, and not when all captions are there."""
+    from mitigate.metrics.lemmatizers import lemmatize
+
+    lemmatizer = getattr(benchmark, "lemmatizer", None)
+    if lemmatizer is None:
+        return None
+    try:
+        lemmatize("a dog", lemmatizer)
+    except MitigateError as error:
+        what, _, remedy = str(error).partition("; get it with: ")
+        return Missing(kind="words", what=f"{benchmark.name}: {what}", remedy=remedy or "as the line above says")
+    return None
 
 
 def missing_in_short(hydra: Session, models: Sequence[str], names: Sequence[str]) -> list[str]:

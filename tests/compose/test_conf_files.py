@@ -51,9 +51,17 @@ def test_options_compose(group: str, name: str) -> None:
     assert compose_run([f"{group}={name}"]).config["model"]["name"] == "testbed"
 
 
+#: Rows of single published tables: composed here on one large model, and on their own ones in tests/reproduction.
+ROWS = {
+    "beam", "scr-four-connected", "scr-gaussian-noise", "scr-radius2", "scr-uniform-smooth",
+    "sgrs+locore-alpha-0.9", "sgrs+locore-beta-1",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model", names("model"))
 def test_every_stack_composes_on_every_model(model: str) -> None:
     stacks = [stack for stack in names("stack") if model == "testbed" or not stack.startswith("control")]
+    stacks = [stack for stack in stacks if model == "llava-1.5-7b" or stack not in ROWS]
     path = ["model.path=x"] if model == "hf" else []
     runs = compose_comparison([f"model={model}", *path, f"stacks=[{','.join(stacks)}]"])
     assert sorted(run.stack_name for run in runs) == sorted(stacks)
@@ -78,9 +86,9 @@ def test_stacks_that_are_named_after_their_methods() -> None:
 
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_experiments_compose_and_say_what_to_expect(experiment: str) -> None:
-    runs = compose_comparison([f"experiment={experiment}"])
-    assert runs[0].stack_name == "none"
     assert "Expected: " in (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    if "reproduction" not in read(Path("experiment") / f"{experiment}.yaml"):  # those: tests/reproduction
+        assert compose_comparison([f"experiment={experiment}"])[0].stack_name == "none"
 
 
 def test_the_default_comparison() -> None:
