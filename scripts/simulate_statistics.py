@@ -45,7 +45,7 @@ class Scenario:
         """Draw a baseline and its stacks, all replications side by side."""
         rng = np.random.default_rng(seed)
         drawn = [self.draw(rng, images, effects) for _ in range(batch)]
-        names = tuple(f"{index:06}" for index in range(images))
+        names = tuple(f"{index:06}" for index in range(len(drawn[0][0])))
         return [
             ImageCounts(
                 names,
@@ -64,7 +64,7 @@ class Scenario:
         return float(before), float(after if effect else before)
 
 
-def _answers(
+def answers(
     rng: np.random.Generator, images: int, effects: Sequence[float], chance: float, shared: float
 ) -> list[Array]:
     """Draw right and wrong answers to six questions per image, ``[images, 6]`` for each run.
@@ -81,14 +81,14 @@ def _answers(
 
 def rate(rng: np.random.Generator, images: int, effects: Sequence[float]) -> list[Array]:
     """Right answers among six questions per image."""
-    return [_of(right.sum(1), 6) for right in _answers(rng, images, effects, 0.7, 0.4)]
+    return [_of(right.sum(1), 6) for right in answers(rng, images, effects, 0.7, 0.4)]
 
 
 def f1(rng: np.random.Generator, images: int, effects: Sequence[float]) -> list[Array]:
     """True positives, misses and false positives of six yes/no questions; yes is right for three of them."""
     return [
         np.stack([right[:, :3].sum(1), 3 - right[:, :3].sum(1), 3 - right[:, 3:].sum(1)], axis=-1).astype(float)
-        for right in _answers(rng, images, effects, 0.75, 0.4)
+        for right in answers(rng, images, effects, 0.75, 0.4)
     ]
 
 
@@ -105,7 +105,7 @@ def chair(rng: np.random.Generator, images: int, effects: Sequence[float]) -> li
 
 def groups(rng: np.random.Generator, images: int, effects: Sequence[float]) -> list[Array]:
     """Two groups of three questions per image; a group counts only if all three are right."""
-    return [_of(right[:, :3].all(1) + 1 * right[:, 3:].all(1), 2) for right in _answers(rng, images, effects, 0.8, 0.3)]
+    return [_of(right[:, :3].all(1) + 1 * right[:, 3:].all(1), 2) for right in answers(rng, images, effects, 0.8, 0.3)]
 
 
 def few(rng: np.random.Generator, images: int, effects: Sequence[float]) -> list[Array]:

@@ -6,13 +6,16 @@ another procedure can leave them; `scripts/simulate_statistics.py` is the same a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from scripts.simulate_statistics import SCENARIOS, Coverage, coverage, false_findings
+from mitigate.metrics.base import Array
+from scripts.simulate_statistics import SCENARIOS, Coverage, answers, coverage, false_findings
 
 REPLICATIONS, RESAMPLES, IMAGES = 400, 1000, 60
 DENSE = [scenario for scenario in SCENARIOS if scenario.name != "4 % changed"]
@@ -54,6 +57,17 @@ def test_pooled_over_the_metrics_coverage_is_95_percent() -> None:
     found = [simulated(scenario.name, effect) for scenario in DENSE for effect in (False, True)]
     assert 0.94 <= np.mean([each.run for each in found]) <= 0.96
     assert 0.94 <= np.mean([each.difference for each in found]) <= 0.97
+
+
+def test_resampling_answers_instead_of_images_would_be_caught() -> None:
+    def every_answer_its_own_image(rng: np.random.Generator, images: int, effects: Sequence[float]) -> list[Array]:
+        return [
+            np.stack([right.ravel(), np.ones(6 * images)], axis=-1).astype(float)
+            for right in answers(rng, images, effects, 0.7, 0.4)
+        ]
+
+    ignorant = replace(DENSE[0], draw=every_answer_its_own_image)
+    assert coverage(ignorant, IMAGES, 0.0, REPLICATIONS, RESAMPLES).run < band(0.94, 0.96)[0]
 
 
 def test_a_comparison_of_stacks_without_effect_finds_something_in_at_most_5_percent() -> None:

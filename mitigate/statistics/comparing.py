@@ -20,8 +20,8 @@ FEW_IMAGES = 30
 FEW_CHANGES = 10
 """Below these, intervals of differences are too narrow (see docs/statistics.md for how much)."""
 
-# Differences this much smaller than the largest are rounding, and count as ties.
-_ROUNDING = 1e-9
+# Values that differ relatively less than this are equal: sums of fractions round.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,14 @@ def compare_all(
         before, start = metric.compute(drawn[:, where]), total[where]
         for run, name in enumerate(stacks):
             end = start + data.changes[run][:, where].sum(axis=0)
-            draws = metric.compute(drawn[:, where] + changes[run][:, where]) - before
+            draws = _minus(metric.compute(drawn[:, where] + changes[run][:, where]), before)
             moved = swapped[run][:, where]
-            value = float(metric.compute(end) - metric.compute(start))
-            exchanged = metric.compute(end - moved) - metric.compute(start + moved)
+            value = float(_minus(metric.compute(end), metric.compute(start)))
+            exchanged = _minus(metric.compute(end - moved), metric.compute(start + moved))
             found = _difference(value, draws, exchanged, data.images(metric, run), level)
-            shown = metric.value(end) - metric.value(start)
-            result[name][metric.name] = replace(found, value=shown)
+            if math.isnan(value):  # a side without a value may have one to show
+                found = replace(found, value=metric.value(end) - metric.value(start))
+            result[name][metric.name] = found
     return result
 
 
@@ -228,9 +229,16 @@ def _check(n: int, level: float) -> None:
         raise ValueError(f"a bootstrap needs n >= 1 and 0 < level < 1, but got n={n}, level={level}")
 
 
+def _minus(after: Array, before: Array) -> Array:
+    """Subtract; what differs by rounding alone does not differ."""
+    found = np.asarray(after - before)
+    equal = np.abs(found) <= _ROUNDING * np.maximum(np.abs(after), np.abs(before))
+    return np.where(equal, 0.0, found)
+
+
 def _share(value: float, exchanged: Array) -> float:
     """Return the swap test's p-value: how often swapped runs differ at least as much; undefined counts as much."""
-    below = int((np.abs(exchanged) < abs(value) * (1 - _ROUNDING)).sum())
+    below = int((np.abs(exchanged) < abs(value) * (1 - 1e-9)).sum())
     # The observed data counts as one more swap.
     return (exchanged.size - below + 1) / (exchanged.size + 1)
 
@@ -270,9 +278,7 @@ class _Draws:
         size = self.defined.size
         if not size:
             return math.nan
-        largest = np.abs(self.defined).max()
-        below = int((self.defined <= _ROUNDING * largest).sum())
-        above = int((self.defined >= -_ROUNDING * largest).sum())
+        below, above = int((self.defined <= 0).sum()), int((self.defined >= 0).sum())
         # The observed data counts as one more resample: no finite number of draws claims p = 0.
         side = min(0.5, (min(below, above) + 1) / (size + 1))
         return 2 * (float(stdtr(self.images - 1, ndtri(side) / self.widen)) if self.images > 1 else side)
