@@ -6,6 +6,7 @@
   if (!form) return;
   const facts = JSON.parse(document.getElementById("facts").textContent);
   const count = document.getElementById("count");
+  const link = document.querySelector('nav a[href="#samples"]');
   const samples = facts.samples.map((fact, index) => {
     const element = document.getElementById(`sample-${index}`);
     return { fact, element, sheet: element.closest(".sheet"), text: null };
@@ -60,6 +61,7 @@
     }
     for (const sheet of sheets) sheet.hidden = !open.has(sheet);
     if (wanted.stack !== shownStack) showAnswers((shownStack = wanted.stack));
+    link.textContent = visible < samples.length ? `Samples (${visible} match)` : "Samples";
     count.textContent = visible
       ? `${visible} of the ${samples.length} samples on this page match.`
       : "No sample on this page matches; clear a filter.";
@@ -107,5 +109,4 @@
   form.hidden = false;
   restore();
   apply();
-  if (location.hash.includes("=")) form.scrollIntoView();
 })();
