@@ -214,10 +214,12 @@ def _check(name: str, root: str | None, console: Console, *, quick: bool) -> dic
             read = "are there and can be read" if pictures.decoded else "are there (not decoded: --quick)"
             if pictures.needed:
                 _say(console, f"{pictures.needed - len(problems)} of {pictures.needed} pictures {read}")
-    for problem in problems[:_SHOWN_PROBLEMS]:
+    gone = tuple(str(state.path) for state in missing if state.source.is_folder)
+    news = [problem for problem in problems if not (gone and problem.startswith(gone))]
+    for problem in news[:_SHOWN_PROBLEMS]:
         _say(console, f"  {problem}")
-    if len(problems) > _SHOWN_PROBLEMS:
-        _say(console, f"  ... and {len(problems) - _SHOWN_PROBLEMS} more (--json lists them)")
+    if len(news) > _SHOWN_PROBLEMS:
+        _say(console, f"  ... and {len(news) - _SHOWN_PROBLEMS} more (--json lists them)")
     summary["problems"] = problems
     summary["ok"] = summary["ok"] and not problems
     _say(console, f"{name}: {'ready' if summary['ok'] else 'not ready'}")
