@@ -49,6 +49,8 @@ def test_parsers_read_as_the_scripts_do(case: dict[str, str]) -> None:
         ("YES-NO", "no", None, "yes", "yes", "no"),
         ("<b>no</b>", "yes", "no", "yes", "yes", "no"),
         ("eyes", "yes", None, "yes", "yes", "yes"),
+        ("It wasn't there.", "no", None, "yes", "no", "yes"),
+        ("Yes'm", "yes", None, "yes", "yes", "yes"),
     ],
 )
 def test_parsers(text: str, label: str, strict: str | None, official: str, opera: str, vcd: str) -> None:
