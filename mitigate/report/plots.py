@@ -14,9 +14,9 @@ ROW = 34.0
 #: Width of a character and height of a line of the largest text, that of small screens.
 CHARACTER, LABEL = 10.0, 20.0
 #: Longest name in full, and the widths of an interval's text and of its gap.
-_NAME, _INTERVAL, _GAP = 16, 205.0, 16.0
-#: Lower end of the cost plot's frame.
-BOTTOM = 300.0
+_NAME, _INTERVAL, _GAP = 18, 205.0, 16.0
+#: Left and lower end of the cost plot's frame.
+LEFT, BOTTOM = 52.0, 300.0
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -53,7 +53,7 @@ def difference_plot(comparison: Mapping[str, Any], name: str) -> dict[str, Any] 
     if not rows:
         return None
     marks = ticks(min(0.0, *(row[2] for row in rows)), max(0.0, *(row[3] for row in rows)), wanted=4)
-    names = {row[0]: row[0] if len(row[0]) <= _NAME else f"{row[0][: _NAME - 1]}…" for row in rows}
+    names = {row[0]: _short(row[0]) for row in rows}
     # Names and numbers have columns of their own, where no line crosses them.
     left, right, top = CHARACTER * max(map(len, names.values())) + _GAP, WIDTH - _INTERVAL - _GAP, 10.0
     bottom = top + ROW * len(rows)
@@ -87,6 +87,10 @@ def difference_plot(comparison: Mapping[str, Any], name: str) -> dict[str, Any] 
     }
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+
+
 def _tone(metric: Mapping[str, Any], value: float, clear: bool) -> str:
     if not clear or metric["higher_is_better"] is None:
         return "same"
@@ -109,7 +113,7 @@ def cost_plot(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     x_marks = ticks(0.0, max(point[1] for point in points))
     y_marks = ticks(min(point[3] for point in points), max(point[4] for point in points))
-    left, right, top, bottom = 52.0, WIDTH - 20.0, 14.0, BOTTOM
+    left, right, top, bottom = LEFT, WIDTH - 20.0, 14.0, BOTTOM
 
     def x(value: float) -> float:
         return round(left + (right - left) * (value - x_marks[0]) / (x_marks[-1] - x_marks[0]), 1)
@@ -118,7 +122,15 @@ def cost_plot(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
         return round(bottom - (bottom - top) * (value - y_marks[0]) / (y_marks[-1] - y_marks[0]), 1)
 
     dots = [
-        {"stack": stack, "x": x(cost), "y": y(value), "low": y(low), "high": y(high), "number": index + 1}
+        {
+            "stack": stack,
+            "name": _short(stack),
+            "x": x(cost),
+            "y": y(value),
+            "low": y(low),
+            "high": y(high),
+            "number": index + 1,
+        }
         for index, (stack, cost, value, low, high) in enumerate(points)
     ]
     return {
@@ -144,13 +156,13 @@ def _spread(dots: list[dict[str, Any]]) -> list[dict[str, Any]]:
         boxes.append((dot["x"] - 2, dot["high"], dot["x"] + 2, dot["low"]))
     placed = []
     for dot in sorted(dots, key=lambda item: (item["y"], item["x"])):
-        wide = CHARACTER * len(dot["stack"])
+        wide = CHARACTER * len(dot["name"])
         choices = []
         for step, side in itertools.product((0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5), ("start", "end")):
             x = dot["x"] + (11 if side == "start" else -11)
             y = dot["y"] + 0.75 * LABEL * step
             box = (x if side == "start" else x - wide, y - LABEL / 2, x + wide if side == "start" else x, y + LABEL / 2)
-            outside = box[0] < 0 or box[2] > WIDTH or box[1] < 0 or box[3] > BOTTOM
+            outside = box[0] < LEFT or box[2] > WIDTH or box[1] < 0 or box[3] > BOTTOM
             choices.append((10 * outside + sum(_overlap(box, other) for other in boxes), abs(step), side, x, y, box))
         _, away, side, x, y, box = min(choices, key=lambda choice: choice[:2])
         boxes.append(box)

@@ -143,7 +143,7 @@ def difference_tables(comparison: Mapping[str, Any]) -> list[Table]:
         families.setdefault(family, []).append(replace(column, group=part, cells=cells))
     return [
         Table(
-            title=f"{family + ': ' if family else ''}difference to {comparison['baseline']} "
+            title=f"{family + ': d' if family else 'D'}ifference to {comparison['baseline']} "
             "(rates in percentage points), with 95 % intervals, not corrected",
             rows=list(stacks),
             columns=members,

@@ -173,6 +173,14 @@ def test_pictures_are_enlarged_without_smoothing_only_if_small(comparison: dict[
     assert 'class="pixelated"' not in page_of(comparison, Words(size=(900, 600)))
 
 
+def test_without_scripts_all_samples_are_there_and_the_filters_are_not(comparison: dict[str, Any]) -> None:
+    html = page_of(comparison)
+    assert re.search(r'<form id="filters"[^>]* hidden>', html)
+    assert html.count(" hidden>") == 1
+    assert html.count('<div class="sample"') == 6
+    assert "<noscript>" in html
+
+
 def test_missing_pictures_are_told_and_the_answers_shown(comparison: dict[str, Any]) -> None:
     html = page_of(comparison, Words(broken=True))
     assert "<img" not in html
@@ -197,7 +205,7 @@ def test_tables_show_values_intervals_tests_marks_and_flags(comparison: dict[str
     assert "&lt; 0.001" in html
     assert "did nothing: beta" in html
     assert "not evidence about large models" in html
-    row = html[html.index('<th scope="row">good') :]
+    row = html[html.index('<th scope="row"><span class="row">good') :]
     assert re.findall(r"<td[^>]*>([^<]*)<", row)[:8] == [
         "20.0", "−10.0*", "0.010", "0.020", "+0.25", "2.8", "9.0", "−2.0*",
     ]  # fmt: skip
