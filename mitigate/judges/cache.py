@@ -8,6 +8,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
+from threading import Event
 from typing import TYPE_CHECKING, Final, Self
 
 from mitigate.errors import DataError, MitigateError
@@ -27,6 +29,10 @@ CACHE: Final = "judgements.jsonl"
 """Name of the file of verdicts in a run's folder."""
 
 _Key = tuple[str, str, str]
+
+#: What this process has seen: where two stacks give the same answer, it is judged once and for both, because a judge
+#: that changes its mind would make a difference out of nothing.
+_SEEN: dict[tuple[Judge, _Key], Reply] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +145,18 @@ def _replies(
     questions = {record.id: ask(record) for record in records if record.error is None}
     keys = {name: (name, content_hash(messages), judge.model) for name, messages in questions.items()}
     known = _read(cache)
-    missing = [name for name, key in keys.items() if key not in known]
+    _SEEN.update({(judge, key): known[key] for key in keys.values() if key in known})
+    missing = {name: key for name, key in keys.items() if key not in known}
     done = len(keys) - len(missing)
     if report:
         report(done, len(keys))
     if missing:
+        seen = {name: _SEEN[judge, key] for name, key in missing.items() if (judge, key) in _SEEN}
+        unseen = {name: questions[name] for name in missing if name not in seen}
         with _Appender(cache) as file:
-            for name, reply in _answers(judge, {name: questions[name] for name in missing}):
+            for name, reply in chain(seen.items(), _answers(judge, unseen)):
                 file.append(_judgement(keys[name], judge, reply))
-                known[keys[name]] = reply
+                known[keys[name]] = _SEEN[judge, keys[name]] = reply
                 done += 1
                 if report:
                     report(done, len(keys))
@@ -157,23 +166,30 @@ def _replies(
 def _answers(judge: Judge, questions: Mapping[str, list[Message]]) -> Iterator[tuple[str, Reply]]:
     """Yield answers as they come; after a failure nothing more is asked, but what is under way is waited for."""
     failure: MitigateError | None = None
+    stop = Event()
+
+    def answer(messages: list[Message]) -> Reply | None:
+        if stop.is_set():
+            return None
+        try:
+            return judge.reply(messages)
+        except MitigateError:
+            stop.set()  # here, and not where the failure is noticed: that thread may be waiting for the disk
+            raise
+
     with ThreadPoolExecutor(judge.parallel) as pool:
-        asked = {pool.submit(judge.reply, messages): name for name, messages in questions.items()}
+        asked = {pool.submit(answer, messages): name for name, messages in questions.items()}
         try:
             for future in as_completed(asked):
-                if future.cancelled():
-                    continue
                 try:
                     reply = future.result()
                 except MitigateError as error:
                     failure = failure or type(error)(f"sample {asked[future]!r}: {error}")
-                    for other in asked:
-                        other.cancel()
                 else:
-                    yield asked[future], reply
+                    if reply:
+                        yield asked[future], reply
         finally:  # also when the disk is full, or somebody interrupts
-            for other in asked:
-                other.cancel()
+            stop.set()
     if failure:
         raise failure
 

@@ -13,6 +13,7 @@ import pytest
 
 from mitigate.errors import ConfigError, DataError
 from mitigate.judges import CACHE, Judge, graded, judge_of, verdicts
+from mitigate.judges import cache as cache_module
 from mitigate.records import SampleRecord
 from tests.judges.server import Answer, Endpoint, endpoint, failure, said
 
@@ -43,6 +44,7 @@ def echo(_: int, body: dict[str, Any]) -> Answer:
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setattr(cache_module, "_SEEN", {})  # a new process
 
 
 @pytest.fixture
@@ -102,6 +104,28 @@ def test_another_reply_or_another_model_is_judged_anew(tmp_path: Path, server: E
     assert len(server.requests) == 4
     assert verdicts(RECORDS[:1], ask, judge(server.url), cache) == {"3": "about reply 3"}
     assert len(server.requests) == 4
+
+
+def test_the_same_answer_of_two_stacks_is_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that changes its mind makes no difference between answers that are the same."""
+    first, second = tmp_path / "a" / CACHE, tmp_path / "b" / CACHE
+    with endpoint(lambda number, _: said(f"verdict {number}")) as server:
+        asked = judge(server.url)
+        found = verdicts(RECORDS, ask, asked, first)
+        others = [*RECORDS[:2], record("2", "another reply")]
+        again = verdicts(others, ask, asked, second)
+        assert {name: again[name] for name in ("3", "1")} == {name: found[name] for name in ("3", "1")}
+        assert again["2"] == "verdict 3"
+        assert len(server.requests) == 4
+        # Each folder has all of its own verdicts, also for the next process.
+        monkeypatch.setattr(cache_module, "_SEEN", {})
+        assert verdicts(others, ask, asked, second) == again
+        assert verdicts(RECORDS, ask, asked, first) == found
+        assert len(server.requests) == 4
+        # What one process reads from a folder, it uses for the others.
+        assert verdicts(RECORDS[:1], ask, asked, tmp_path / "c" / CACHE) == {"3": found["3"]}
+        verdicts(RECORDS[:1], ask, judge(server.url, "another judge"), tmp_path / "c" / CACHE)
+        assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("torn", [b'{"id": "9", "mess', b'{"id": "\xff'])
