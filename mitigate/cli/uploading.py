@@ -130,7 +130,8 @@ def _values(asked: Sequence[str]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException):
             raise ConfigError(f"{text}: this value cannot be read; quote brackets for the shell") from None
         keys.append(key)
-    return {key: OmegaConf.to_container(node)[key] for key in keys}
+    read: Any = OmegaConf.to_container(node)
+    return {key: read[key] for key in keys}
 
 
 def _tracker(target: Target, values: Mapping[str, Any]) -> Tracker:
