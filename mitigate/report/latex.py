@@ -13,9 +13,8 @@ from mitigate.runner.table import number
 _SIGNS = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "^": r"\textasciicircum{}",
     "_": r"\_", "~": r"\textasciitilde{}", "%": r"\%", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
-    "[": "{[}", "]": "{]}", "-": "{-}", "–": "--", "−": "$-$", "×": r"$\times$", "…": r"\ldots{}",
-    "·": r"\textperiodcentered{}",
+    "|": r"\textbar{}", '"': r"\char34{}", "`": "{`}", "[": "{[}", "]": "{]}", "*": "{*}", "-": "{-}", "–": "--",
+    "−": "$-$", "×": r"$\times$", "…": r"\ldots{}", "·": r"\textperiodcentered{}",
 }  # fmt: skip
 #: Letters beyond ASCII that every LaTeX sets.
 _LETTERS = re.compile(r"[À-ÖØ-öø-ÿ]")
@@ -47,7 +46,7 @@ def latex(comparison: Mapping[str, Any], *, title: str = "") -> str:
     columns = place - 1 + len(context)
     best = {name: _best(comparison, name) for name in headline}
     lines = [
-        r"% needs \usepackage{booktabs}, and \usepackage{textcomp} in older installations",
+        r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_caption(comparison, title or comparison['name'], paired=paired)}}}",
@@ -129,7 +128,7 @@ def _caption(comparison: Mapping[str, Any], title: str, *, paired: bool) -> str:
 
 
 def escape(text: object) -> str:
-    """Return a text that LaTeX sets as it is; characters it may not have are named by their code."""
+    """Return a text that LaTeX sets as it is; characters that not every font has are named by their code."""
     return "".join(map(_sign, " ".join(str(text).split())))
 
 
