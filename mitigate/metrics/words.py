@@ -40,7 +40,14 @@ _ABBREVIATIONS: Final = frozenset(
 def tokenize(text: str) -> list[Token]:
     """Cut a text into tokens, in order."""
     end = len(text.rstrip())
-    return [token for chunk in _CHUNK.finditer(text) for token in _cut(chunk.group(), chunk.start(), end)]
+    tokens: list[Token] = []
+    for chunk in _CHUNK.finditer(text):
+        word = chunk.group()
+        if word.isalpha() and word.lower() not in _SPLITS:  # nine of ten: nothing to cut
+            tokens.append(Token(word.lower(), *chunk.span()))
+        else:
+            tokens.extend(_cut(word, chunk.start(), end))
+    return tokens
 
 
 def _cut(chunk: str, offset: int, length: int) -> Iterator[Token]:
