@@ -101,11 +101,12 @@ class Mme(Benchmark):
 
     @property
     def headline(self) -> tuple[str, ...]:
-        """Return perception and cognition (or the hallucination subset, if only its tasks are there), and accuracy."""
-        full = [name for name in ("perception", "cognition") if set(TOTALS[name]) <= set(self.tasks)]
-        if not full and set(TOTALS["hallucination"]) <= set(self.tasks):
-            full = ["hallucination"]
-        return (*(f"mme/{name}" for name in full), "mme/accuracy")
+        """Return perception and cognition, else the hallucination subset, else accuracy: what all its tasks are for."""
+        for names in (("perception", "cognition"), ("hallucination",)):
+            full = [f"mme/{name}" for name in names if set(TOTALS[name]) <= set(self.tasks)]
+            if full:
+                return tuple(full)
+        return ("mme/accuracy",)
 
     def max_new_tokens(self, sample: Sample) -> int | None:
         """Return `answer_tokens`."""

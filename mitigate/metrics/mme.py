@@ -184,9 +184,11 @@ class Mme(Scorer):
 
     def warnings(self, sums: Mapping[str, float]) -> list[str]:
         """Name the tasks where the official tool would fail because no reply is a yes or a no."""
-        found = []
+        silent = []
         for task in self.tasks:
             questions, _, _, _, other = (sums.get(name, 0.0) for name in _names(task))
             if questions and other == questions:
-                found.append(f"mme/{task}: no reply begins with yes or no, so its score is 0 (the official tool fails)")
-        return found
+                silent.append(task)
+        if not silent:
+            return []
+        return [f"mme: no reply begins with yes or no in {', '.join(silent)}: scored 0, where the official tool fails"]

@@ -94,15 +94,17 @@ def _split_metrics(split: str) -> list[Metric]:
 
 
 def _mean(parts: Sequence[Metric], splits: Sequence[str]) -> Metric:
-    """Average a metric over the splits that are asked; where one is asked but undefined, it counts as it is shown."""
+    """Average a metric over the splits that are asked; undefined in one of them it counts 0 there, as it is shown."""
     ends = np.cumsum([len(part.columns) for part in parts])
     statistic = parts[0].name.rsplit("/", 1)[1]
 
     def compute(sums: Array) -> Array:
-        each = [part.compute(sums[..., end - len(part.columns) : end]) for part, end in zip(parts, ends, strict=True)]
-        asked = sums[..., ends[-1] :] > 0
-        values = np.where(asked, np.nan_to_num(np.stack(each, axis=-1), nan=0.0), 0.0)
-        return divide(values.sum(axis=-1), asked.sum(axis=-1))
+        each = np.stack(
+            [part.compute(sums[..., end - len(part.columns) : end]) for part, end in zip(parts, ends, strict=True)],
+            axis=-1,
+        )
+        asked = np.where(np.isnan(each).all(axis=-1, keepdims=True), 0.0, sums[..., ends[-1] :] > 0)
+        return divide((np.nan_to_num(each, nan=0.0) * asked).sum(axis=-1), asked.sum(axis=-1))
 
     return Metric(
         name=f"pope/mean/{statistic}",
@@ -110,6 +112,7 @@ def _mean(parts: Sequence[Metric], splits: Sequence[str]) -> Metric:
         columns=(*(column for part in parts for column in part.columns), *(_names(split)[0] for split in splits)),
         compute=compute,
         higher_is_better=parts[0].higher_is_better,
+        empty=parts[0].empty,
     )
 
 

@@ -131,6 +131,7 @@ def test_a_judge_sees_question_reference_and_reply_and_is_asked_once(
         assert benchmark.graded(records, tmp_path / "run") == graded
         asked = next(text for text in server.asked if "{so}" in text)
         assert len(server.asked) == 4
+    assert (tmp_path / "run" / "judgements.jsonl").is_file()
     assert asked.startswith("Imagine you are an intelligent teacher. ")
     assert asked.endswith(
         "\n\n Question:Is illusion 0 so?\nReference answer: It is so.\nPrediction answer:It is {so}\nOutput:"

@@ -17,6 +17,7 @@ from mitigate.metrics.base import values
 from mitigate.metrics.hallusionbench import (
     HallusionBench,
     exact_verdict,
+    hallusionbench_counts,
     is_right,
     judge_verdict,
 )
@@ -80,6 +81,8 @@ def test_judged_runs_give_the_official_numbers(run: dict[str, Any]) -> None:
 def test_exact_reads_replies_as_one_word_and_nothing_else() -> None:
     found = [{"yes": "Yes", "no": "No", None: "Unknown"}[parse(row["model_prediction"])] for row in EXACT["data"]]
     assert found == EXACT["vlmevalkit_extracted"]
+    records = [record(row, row["model_prediction"]) for row in EXACT["data"]]
+    assert numbers(records, "exact")["unparsed_rate"] == pytest.approx(found.count("Unknown") / len(found))
 
 
 def test_exact_agrees_with_another_toolkit_where_both_define_a_number() -> None:
@@ -115,6 +118,14 @@ def test_not_knowing_is_right_only_where_the_picture_is_not_shown() -> None:
     for meta, right in ((shown, False), ({**shown, "figure": "0"}, True), ({**shown, "category": "VD"}, False)):
         assert is_right(meta, "I cannot tell", "exact") is right
         assert is_right({**meta, "judge_reply": "unclear"}, "?", "judge") is right
+
+
+def test_sets_can_be_counted_together() -> None:
+    records = judged(VECTORS["runs"]["tiny"]["data"])
+    together = hallusionbench_counts([(item.meta, item.text) for item in records], "judge")
+    apart = HallusionBenchBenchmark(grader="judge").counts(records)
+    assert len(apart.images) == 6
+    assert together == {name: float(column.sum()) for name, column in apart.columns.items()}
 
 
 ROWS = st.lists(

@@ -146,7 +146,7 @@ def test_a_task_without_any_yes_or_no_scores_zero_and_says_so() -> None:
     counts = benchmark.counts(records)
     assert values(counts, benchmark.metrics())["mme/existence/score"] == 0.0
     (warning,) = benchmark.warnings(counts)
-    assert warning.startswith("mme/existence: no reply begins with yes or no")
+    assert warning.startswith("mme: no reply begins with yes or no in existence: scored 0")
 
 
 def test_a_picture_needs_both_answers() -> None:

@@ -178,6 +178,16 @@ def test_unparsed_replies_are_counted_whatever_the_parser() -> None:
     assert score(replies)["pope/words"] == 4 / 4
 
 
+def test_a_category_without_anything_to_find_has_no_f1_of_its_own() -> None:
+    """The value shown for the whole data is 0; a breakdown leaves out what is not defined."""
+    rows = [("img", pope_counts("No", "no", split)) for split in ("random", "popular")]
+    counts = ImageCounts.accumulate(rows, columns())
+    mean = next(metric for metric in pope_metrics() if metric.name == "pope/mean/f1")
+    sums = counts.matrix(mean).sum(axis=0)
+    assert math.isnan(mean.compute(sums))
+    assert mean.value(sums) == 0.0
+
+
 def test_nothing_is_said_about_splits_that_are_not_asked() -> None:
     result = score([("Yes", "yes", "popular")])
     assert math.isnan(result["pope/random/accuracy"])
