@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +83,7 @@ def score(arguments: Sequence[str], console: Console) -> int:
     files = _files(flags)
     resamples, seed = _number(flags, "--resamples", 1), _number(flags, "--seed", 0)
     benchmark: Benchmark = parameters.build()
-    with watched() as read, warnings.catch_warnings(record=True) as caught:
+    with paused_collection(), watched() as read, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         samples = benchmark.samples()
         used = dict(read)
@@ -105,6 +107,18 @@ def score(arguments: Sequence[str], console: Console) -> int:
     else:
         show(result, console)
     return OK
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Stop the garbage collector: it would look again and again at millions of small objects that are all needed."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _benchmark(arguments: Sequence[str]) -> tuple[str, list[str]]:
