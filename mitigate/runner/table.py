@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Width of the tables where the output has no terminal to measure.
 PLAIN_WIDTH = 140
+#: So many metrics of one unit are named; more are "all others".
+_NAMED = 2
 #: Longer parts of a metric's name are cut to three letters in headings.
 _PART_WIDTH = 6
 _SHORT = {"accuracy": "acc.", "yes-rate": "yes"}
@@ -162,10 +164,16 @@ def units(metrics: Iterable[Mapping[str, Any]]) -> str:
     metrics = list(metrics)
     rates = ["rates in %"] if any(metric["percent"] for metric in metrics) else []
     plain = dict.fromkeys((metric["title"], metric.get("unit", "")) for metric in metrics if not metric["percent"])
-    # A title that names its unit says enough; one that begins with an abbreviation keeps its capitals.
-    named = [(title, unit) for title, unit in plain if unit and unit not in title.split()]
-    named = [(title if title[1:2].isupper() else title[0].lower() + title[1:], unit) for title, unit in named]
-    return ", ".join([*rates, *(f"{title} in {unit}" for title, unit in named)])
+    by_unit: dict[str, list[str]] = {}
+    for title, unit in plain:
+        if unit and unit not in title.split():  # a title that names its unit says enough
+            # one that begins with an abbreviation keeps its capitals
+            by_unit.setdefault(unit, []).append(title if title[1:2].isupper() else title[0].lower() + title[1:])
+    named = [
+        f"all others in {unit}" if len(titles) > _NAMED and len(by_unit) == 1 else f"{', '.join(titles)} in {unit}"
+        for unit, titles in by_unit.items()
+    ]
+    return ", ".join([*rates, *named])
 
 
 def footnotes(comparison: Mapping[str, Any]) -> list[str]:

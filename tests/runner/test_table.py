@@ -11,7 +11,7 @@ from rich.console import Console
 from mitigate.runner import compare
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.standalone import notes_of
-from mitigate.runner.table import number, print_table
+from mitigate.runner.table import number, print_table, units
 from tests.runner.fake_world import FakeLoaded, FakeMethod, install, resolved
 
 
@@ -109,3 +109,29 @@ def test_the_title_says_what_the_numbers_are(comparison: dict[str, Any]) -> None
 def test_the_testbeds_note_goes_with_its_pictures_whatever_the_model(benchmark: str, path: str, notes: int) -> None:
     one = resolved(benchmark__name=benchmark, model__path=path)
     assert len(notes_of([one])) == notes
+
+
+def test_units_are_named_once_and_many_of_a_kind_together() -> None:
+    def metric(title: str, unit: str = "", *, percent: bool = False) -> dict[str, Any]:
+        return {"title": title, "unit": unit, "percent": percent}
+
+    rate, length, words = metric("F1", percent=True), metric("Length", "words"), metric("POPE words", "words")
+    assert units([rate, length, words]) == "rates in %, length in words"
+    scores = [metric(f"MME {name}", "points") for name in ("OCR", "count", "color")]
+    assert units([rate, *scores[:2]]) == "rates in %, MME OCR, MME count in points"
+    assert units([rate, *scores]) == "rates in %, all others in points"
+    assert units(scores[:1]) == "MME OCR in points"
+
+
+def test_failed_samples_are_a_column_only_where_there_are_any(comparison: dict[str, Any]) -> None:
+    assert "failed" not in printed(comparison, 420)
+    comparison["stacks"]["turned"]["failures"] = 3
+    assert "failed" in printed(comparison, 420)
+
+
+def test_the_smallest_detectable_difference_is_named_below(comparison: dict[str, Any]) -> None:
+    for data in comparison["stacks"].values():
+        for difference in data["differences"].values():
+            difference["mde"] = None
+    comparison["stacks"]["turned"]["differences"]["chair_i"]["mde"] = 0.0123
+    assert "could have shown (power 80 %): CHAIR_i 1.2." in printed(comparison, 420)
