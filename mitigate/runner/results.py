@@ -141,6 +141,7 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
     }
     _adjust(stacks, benchmark.headline)
     answers = groups[first.stack].answers.values()
+    judges = _judges(groups)
     return to_json(  # type: ignore[no-any-return]
         {
             "format": FORMAT,
@@ -157,7 +158,8 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
             "metrics": {metric.name: _about(metric) for metric in metrics},
             "stacks": stacks,
             "breakdowns": break_down(groups, baseline, metrics, first.seed),
-            "notes": [*notes, *_left_out(groups[first.stack].left_out)],
+            "judges": judges,
+            "notes": [*notes, *_left_out(groups[first.stack].left_out), *_judged(judges)],
             "config": {key: value for key, value in first.config.items() if key not in ("methods", "stack")},
             "data_hash": first.record.data_hash,
             "prompt_hash": first.record.prompt_hash,
@@ -176,6 +178,18 @@ def _left_out(units: frozenset[str]) -> list[str]:
         return []
     many = f"{len(units)} samples are" if len(units) > 1 else "1 sample is"
     return [f"{many} left out of every stack's numbers, because some stack failed there."]
+
+
+def _judges(groups: Mapping[str, Answered]) -> list[str]:
+    """Return who graded the answers, as their servers report it; nobody where no judge is needed."""
+    names = (record.meta.get("judge") for group in groups.values() for record in group.answers.values())
+    return sorted({str(name) for name in names if name})
+
+
+def _judged(judges: Sequence[str]) -> list[str]:
+    if len(judges) > 1:
+        return [f"Several judges graded the answers, and they need not agree: {', '.join(judges)}."]
+    return [f"The answers were graded by the judge {name}." for name in judges]
 
 
 def _about(metric: Metric) -> dict[str, Any]:

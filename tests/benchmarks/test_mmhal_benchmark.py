@@ -16,7 +16,9 @@ from mitigate.errors import ConfigError, DataError
 from mitigate.judges import CACHE
 from mitigate.metrics.base import values
 from mitigate.metrics.mmhal import TYPES
-from mitigate.records import SampleRecord
+from mitigate.records import RecordWriter, RunRecord, SampleRecord
+from mitigate.runner.results import summarise
+from mitigate.runner.stored import read_run
 from tests.judges.server import endpoint, failure, said
 
 TEMPLATE = "See {image_content}. {question} It is: {gt_answer}\nThey say: {model_answer} {keep} {}"
@@ -188,3 +190,29 @@ def test_missing_data_is_named_with_the_remedy(make: Callable[..., Mmhal], data:
     (data / "response_template.json").unlink()
     with pytest.raises(DataError, match=r"(?s)response_template\.json does not exist.*huggingface"):
         make().samples()
+
+
+def test_a_comparison_says_who_judged(make: Callable[..., Mmhal], tmp_path: Path) -> None:
+    runs = []
+    with endpoint(lambda number, _: said(f"Rating: {number}", f"judge-{number}")) as server:
+        benchmark = make(judge_url=server.url, limit=2)
+        for stack in ("none", "other"):
+            folder = tmp_path / stack
+            config = {
+                "benchmark": {"name": "mmhal", **benchmark.params()},
+                "model": {"name": "toy", "path": "toy"},
+                "methods": {"other": {}} if stack == "other" else {},
+                "trainer": {"batch_size": 1},
+                "seed": 0,
+            }
+            record = RunRecord(status="finished", stack=stack, samples=2, config=config)
+            with RecordWriter(folder) as writer:
+                writer.extend(answered(sample) for sample in benchmark.samples())
+            record.write(folder)
+            runs.append(read_run(folder))
+        comparison = summarise("two", runs)
+        assert len(server.requests) == 2  # the stacks say the same, so the verdicts are the same
+    assert comparison["judges"] == ["judge-0", "judge-1"]
+    assert "Several judges graded the answers, and they need not agree: judge-0, judge-1." in comparison["notes"]
+    assert comparison["stacks"]["other"]["differences"]["mmhal/score"]["value"] == 0.0
+    assert set(comparison["breakdowns"]["type"]) == {"adversarial", "attribute"}
