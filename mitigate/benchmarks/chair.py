@@ -51,6 +51,7 @@ class Chair(Benchmark):
     name: ClassVar[str] = "chair"
     summary: ClassVar[str] = "CHAIR: objects in descriptions of COCO pictures that are not there"
     sources: ClassVar[tuple[Source, ...]] = CHAIR
+    ids: ClassVar[str] = "COCO's id of the picture, such as 42; its file name, too"
 
     lemmatizer: str = "wordnet"
     manifest: str | None = None

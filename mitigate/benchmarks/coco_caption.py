@@ -43,6 +43,7 @@ class CocoCaption(Benchmark):
     name: ClassVar[str] = "coco_caption"
     summary: ClassVar[str] = "CIDEr-D: one-sentence captions of COCO pictures against people's"
     sources: ClassVar[tuple[Source, ...]] = COCO_CAPTION
+    ids: ClassVar[str] = "COCO's id of the picture, such as 42; its file name, too"
 
     tokenizer: str = "simple"
     manifest: str | None = None

@@ -67,6 +67,7 @@ class HallusionBench(Benchmark):
     name: ClassVar[str] = "hallusionbench"
     summary: ClassVar[str] = "HallusionBench: the same questions on original and edited pictures"
     sources: ClassVar[tuple[Source, ...]] = HALLUSIONBENCH
+    ids: ClassVar[str] = "category_subcategory_set_figure_question, such as VS_chart_0_1_0"
 
     grader: str = "exact"
     prompt: str = "{question}"

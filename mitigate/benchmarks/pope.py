@@ -58,6 +58,7 @@ class Pope(Benchmark):
     name: ClassVar[str] = "pope"
     summary: ClassVar[str] = "POPE: yes/no questions about objects in COCO, A-OKVQA or GQA pictures"
     sources: ClassVar[tuple[Source, ...]] = POPE
+    ids: ClassVar[str] = "split/question_id, such as adversarial/17; the question_id alone where one split is scored"
 
     dataset: str = "coco"
     splits: tuple[str, ...] = SPLITS

@@ -49,6 +49,7 @@ class Testbed(Benchmark):
     __test__: ClassVar[bool] = False  # pytest takes classes called Test... for tests
     name: ClassVar[str] = "testbed"
     summary: ClassVar[str] = "CHAIR and POPE on procedurally drawn scenes with broken co-occurrence"
+    ids: ClassVar[str] = "scene/caption or scene/pope/object, such as test-0/caption and test-0/pope/crab"
 
     split: str = "test"
     tasks: tuple[str, ...] = TASKS
