@@ -121,10 +121,12 @@ def test_not_knowing_is_right_only_where_the_picture_is_not_shown() -> None:
 
 
 def test_sets_can_be_counted_together() -> None:
-    records = judged(VECTORS["runs"]["tiny"]["data"])
+    tiny = VECTORS["runs"]["tiny"]["data"]
+    more = [{**row, "set_id": "9", "gpt4v_output_gpt_check": "1"} for row in tiny]  # a second set of each subject
+    records = judged([*tiny, *more])
     together = hallusionbench_counts([(item.meta, item.text) for item in records], "judge")
     apart = HallusionBenchBenchmark(grader="judge").counts(records)
-    assert len(apart.images) == 6
+    assert len(apart.images) == 12
     assert together == {name: float(column.sum()) for name, column in apart.columns.items()}
 
 
