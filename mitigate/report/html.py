@@ -49,6 +49,7 @@ def render(
     *,
     title: str = "",
     command: str = "",
+    judges: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Return the page.
 
@@ -64,6 +65,8 @@ def render(
         Heading; the comparison's name by default.
     command
         Command line that made it.
+    judges
+        Who graded the answers of which stack.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -100,7 +103,7 @@ def render(
         tasks=sorted({sample.record.task for sample in numbered}),
         categories=_categories(numbered),
         facts=_facts(comparison, numbered),
-        provenance=provenance(comparison, command),
+        provenance=provenance(comparison, command, judges),
         config=config_text(comparison),
         style=Markup(style),
         script=Markup(script),

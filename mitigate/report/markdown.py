@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mitigate.report.provenance import config_text, provenance
+from mitigate.report.provenance import Part, config_text, provenance
 from mitigate.report.sentences import sentences
 from mitigate.report.tables import (
     Table,
@@ -25,20 +25,26 @@ _SIGNS = re.compile(r"([\\`*_\[\]|~$^])")
 _OPENING = re.compile(r"^(\d*)([#+\-=.)])")
 
 
-def markdown(comparison: Mapping[str, Any], *, title: str = "", command: str = "") -> str:
+def markdown(
+    comparison: Mapping[str, Any],
+    *,
+    title: str = "",
+    command: str = "",
+    judges: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Return the report as Markdown; whatever a model or a user wrote is escaped.
 
     Parameters
     ----------
     comparison
         Content of ``comparison.json``.
-    title, command
+    title, command, judges
         As for `mitigate.report.html.render`.
     """
-    return "\n".join(_lines(comparison, title or comparison["name"], command)) + "\n"
+    return "\n".join(_lines(comparison, title or comparison["name"], provenance(comparison, command, judges))) + "\n"
 
 
-def _lines(comparison: Mapping[str, Any], title: str, command: str) -> Iterator[str]:
+def _lines(comparison: Mapping[str, Any], title: str, parts: Sequence[Part]) -> Iterator[str]:
     benchmark = comparison["benchmark"]
     yield f"# {opening(title)}\n"
     yield (
@@ -71,7 +77,7 @@ def _lines(comparison: Mapping[str, Any], title: str, command: str) -> Iterator[
         for each in tables:
             yield from _table(each)
     yield from _effects(comparison)
-    yield from _provenance(comparison, command)
+    yield from _provenance(comparison, parts)
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -99,9 +105,9 @@ def _amount(value: float | None) -> str:
     return number(value, 0 if value is not None and float(value).is_integer() else 3)
 
 
-def _provenance(comparison: Mapping[str, Any], command: str) -> Iterator[str]:
+def _provenance(comparison: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
     yield "## Where the numbers come from\n"
-    for part in provenance(comparison, command):
+    for part in parts:
         yield f"### {opening(part.title)}\n"
         for key, value in part.facts:
             yield f"* {opening(key)}: {escape(value)}"

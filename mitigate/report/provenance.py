@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mitigate.report.samples import AnsweredRun
 
 #: Where a value came from if nobody chose it.
 _UNCHOSEN = ("default",)
@@ -19,7 +22,19 @@ class Part:
     facts: list[tuple[str, str]]
 
 
-def provenance(comparison: Mapping[str, Any], command: str = "") -> list[Part]:
+def judges_of(runs: Sequence[AnsweredRun]) -> dict[str, list[str]]:
+    """Return the names under which judges answered, by stack; stacks that no judge graded are left out."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for record in run.answers.values():
+            if "judge" in record.meta:
+                found.setdefault(run.stack, set()).add(str(record.meta["judge"]))
+    return {stack: sorted(names) for stack, names in found.items()}
+
+
+def provenance(
+    comparison: Mapping[str, Any], command: str = "", judges: Mapping[str, Sequence[str]] | None = None
+) -> list[Part]:
     """Return what is the same for all stacks, then what belongs to each.
 
     Parameters
@@ -28,6 +43,8 @@ def provenance(comparison: Mapping[str, Any], command: str = "") -> list[Part]:
         Content of ``comparison.json``.
     command
         Command line that made the report.
+    judges
+        As `judges_of` finds them.
     """
     benchmark = comparison["benchmark"]
     facts = [("command", command)] if command else []
@@ -43,16 +60,21 @@ def provenance(comparison: Mapping[str, Any], command: str = "") -> list[Part]:
         ("data (sha256)", comparison["data_hash"]),
         ("prompts (sha256)", comparison["prompt_hash"]),
     ]
-    return [Part("All stacks", facts), *(_of_stack(name, data) for name, data in comparison["stacks"].items())]
+    return [
+        Part("All stacks", facts),
+        *(_of_stack(name, data, (judges or {}).get(name, ())) for name, data in comparison["stacks"].items()),
+    ]
 
 
-def _of_stack(name: str, data: Mapping[str, Any]) -> Part:
+def _of_stack(name: str, data: Mapping[str, Any], judges: Sequence[str]) -> Part:
     record = data["record"]
     sha = record["git"].get("sha")
     dirty = " (with uncommitted changes)" if sha and record["git"].get("dirty") else ""
     facts = [("run created", record["created_at"])]
     if data.get("seeds"):
         facts.append(("seeds", ", ".join(map(str, data["seeds"]))))
+    if judges:
+        facts.append(("judged by", ", ".join(judges)))
     if record.get("weights"):
         facts.append(("weights", record["weights"]))
     facts.append(("commit", f"{sha}{dirty}" if sha else "not run from a checkout"))

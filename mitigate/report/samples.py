@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SAMPLES = 200
 
 State = Literal["changed", "fixed", "broken", "failed"]
+Errors = Callable[["SampleRecord"], float | None]
 
 
 class AnsweredRun(Protocol):
@@ -50,11 +51,14 @@ class Line:
         The reply, cut into marked pieces.
     error
         Why there is no reply; empty normally.
+    verdict
+        What a judge said about it, word for word; empty where no judge was asked.
     """
 
     givers: list[tuple[str, str]]
     spans: Sequence[Span]
     error: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,8 @@ def choose_samples(
         Of the choice.
     """
     ids = list(dict.fromkeys(key for run in runs for key in run.answers))
-    states = {key: _states(benchmark, runs, baseline, key) for key in ids}
+    errors = _remembered(benchmark)
+    states = {key: _states(errors, runs, baseline, key) for key in ids}
     kinds: list[list[str]] = [[], [], []]
     for key in ids:
         kinds[_kind(states[key])].append(key)
@@ -146,14 +151,24 @@ def choose_samples(
     return Choice(shown=shown, total=len(ids), tally=tally)
 
 
+def _remembered(benchmark: Benchmark) -> Errors:
+    """Return the benchmark's errors, asked once per record: the baseline's are needed for every stack."""
+    known: dict[int, float | None] = {}
+
+    def errors(record: SampleRecord) -> float | None:
+        if id(record) not in known:
+            known[id(record)] = benchmark.errors(record)
+        return known[id(record)]
+
+    return errors
+
+
 def _kind(states: Mapping[str, Sequence[State]]) -> int:
     found = {state for each in states.values() for state in each}
     return 0 if found & {"fixed", "broken", "failed"} else 1 if found else 2
 
 
-def _states(
-    benchmark: Benchmark, runs: Sequence[AnsweredRun], baseline: str | None, key: str
-) -> dict[str, list[State]]:
+def _states(errors: Errors, runs: Sequence[AnsweredRun], baseline: str | None, key: str) -> dict[str, list[State]]:
     """Return stack -> what it made of the baseline's answer, over all its seeds; nothing where it is the same."""
     states: dict[str, list[State]] = {}
     plain = {run.seed: run.answers[key] for run in runs if run.stack == baseline and key in run.answers}
@@ -167,16 +182,16 @@ def _states(
         pairs = [(plain.get(seed, next(iter(plain.values()))), record) for seed, record in own]
         pairs = [pair for pair in pairs if pair[0].error is None and pair[0].text != pair[1].text]
         if pairs:
-            change = _change(benchmark, pairs)
+            change = _change(errors, pairs)
             states[stack] = ["changed"] if not change else ["changed", "fixed" if change < 0 else "broken"]
     return states
 
 
-def _change(benchmark: Benchmark, pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> float:
+def _change(errors: Errors, pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> float:
     """Return by how much the errors rose; 0 where nobody can say."""
     total = 0.0
     for before, after in pairs:
-        first, second = benchmark.errors(before), benchmark.errors(after)
+        first, second = errors(before), errors(after)
         if first is not None and second is not None:
             total += second - first
     return total
@@ -185,14 +200,14 @@ def _change(benchmark: Benchmark, pairs: Sequence[tuple[SampleRecord, SampleReco
 def _shown(
     benchmark: Benchmark, labelled: Sequence[tuple[str, AnsweredRun]], key: str, states: Mapping[str, Sequence[State]]
 ) -> ShownSample:
-    lines: dict[tuple[str, str], Line] = {}
+    lines: dict[tuple[str, str, str], Line] = {}
     did: dict[str, dict[str, list[str]]] = {}
     found = [(label, run.stack, run.answers[key]) for label, run in labelled if key in run.answers]
     for label, stack, record in found:
-        same = (record.text, record.error or "")
+        same = (record.text, record.error or "", str(record.meta.get("judge_reply", "")))
         if same not in lines:
             spans = benchmark.marked(record, record.text) if record.error is None else []
-            lines[same] = Line(givers=[], spans=spans, error=record.error or "")
+            lines[same] = Line(givers=[], spans=spans, error=same[1], verdict=same[2])
         lines[same].givers.append((stack, label))
         if said := what_methods_did(record.telemetry):
             did[label] = said

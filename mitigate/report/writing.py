@@ -10,6 +10,7 @@ from mitigate.jsonfiles import write_text
 from mitigate.report.html import render
 from mitigate.report.latex import latex
 from mitigate.report.markdown import markdown
+from mitigate.report.provenance import judges_of
 from mitigate.report.samples import SAMPLES, choose_samples
 from mitigate.report.tidy import tidy
 
@@ -59,15 +60,16 @@ def write_report(
     DataError
         If the disk refuses a file.
     """
+    judges = judges_of(runs)
 
     def page() -> str:
         benchmark, seed = runs[0].benchmark, int(comparison["seed"])
         choice = choose_samples(benchmark, runs, comparison["baseline"], limit=samples, seed=seed)
-        return render(comparison, choice, benchmark, title=title, command=command)
+        return render(comparison, choice, benchmark, title=title, command=command, judges=judges)
 
     makers: dict[str, Callable[[], str]] = {
         "html": page,
-        "md": lambda: markdown(comparison, title=title, command=command),
+        "md": lambda: markdown(comparison, title=title, command=command, judges=judges),
         "csv": lambda: tidy(comparison),
         "tex": lambda: latex(comparison, title=title),
     }

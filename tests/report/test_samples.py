@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mitigate.report.html import render
+from mitigate.report.markdown import markdown
 from mitigate.report.pictures import collect, thumbnail
+from mitigate.report.provenance import judges_of
 from mitigate.report.samples import choose_samples, what_methods_did
-from tests.report.worlds import Run, Words, World, record
+from tests.report.worlds import Run, Words, World, made_comparison, record
 
 
 def states(choice: Any) -> dict[str, dict[str, list[str]]]:
@@ -61,6 +64,24 @@ def test_a_failure_is_shown_and_no_change() -> None:
         ("", [("none", "none")]),
         ("out of memory", [("good", "good")]),
     ]
+
+
+def test_what_a_judge_said_is_shown_and_who_it_was() -> None:
+    runs = [
+        Run(stack, {"a": record("a", "cat", meta={"judge": name, "judge_reply": said})})
+        for stack, name, said in (("none", "judge-1", "Rating: 3"), ("good", "judge-2", "Rating: 4"))
+    ]
+    (sample,) = choose_samples(Words(), runs, "none").shown
+    assert [(line.verdict, line.givers[0][0]) for line in sample.lines] == [
+        ("Rating: 3", "none"),
+        ("Rating: 4", "good"),
+    ]
+    judges = judges_of([*runs, Run("quiet", {"a": record("a", "cat")})])
+    assert judges == {"none": ["judge-1"], "good": ["judge-2"]}
+    html = render(made_comparison(), choose_samples(Words(), runs, "none"), judges=judges)
+    assert "<summary>What the judge said</summary>Rating: 4<" in html
+    assert "<dt>judged by</dt><dd><code>judge-2</code></dd>" in html
+    assert "* judged by: judge-1" in markdown(made_comparison(), judges=judges)
 
 
 def test_seeds_of_one_stack_are_compared_to_the_same_seed_and_named() -> None:
