@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mitigate.metrics.base import ImageCounts, ratio
-from mitigate.statistics import paired_differences, pool
+from mitigate.statistics import compare_all, pool
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
@@ -100,8 +100,11 @@ def _numbers(
     for stack, own in counts.items():
         values = {metric.name: float(metric.compute(own.matrix(metric).sum(axis=0))) for metric in metrics}
         stacks[stack] = {key: {"value": value} for key, value in values.items() if not np.isnan(value)}
-        if baseline is not None and stack != baseline:
-            kept = [metric for metric in metrics if metric.name in stacks[stack]]
-            for key, difference in paired_differences(counts[baseline], own, kept, RESAMPLES, seed).items():
-                stacks[stack][key]["difference"] = {end: getattr(difference, end) for end in ("value", "low", "high")}
+    if baseline is None:
+        return stacks
+    others = {stack: own for stack, own in counts.items() if stack != baseline}
+    for stack, differences in compare_all(counts[baseline], others, metrics, RESAMPLES, seed).items():
+        for key in stacks[stack]:
+            found = differences[key]
+            stacks[stack][key]["difference"] = {end: getattr(found, end) for end in ("value", "low", "high")}
     return stacks
