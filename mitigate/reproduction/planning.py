@@ -11,7 +11,7 @@ from mitigate.compose.resolved import PLACES, comparison_name
 from mitigate.compose.session import session
 from mitigate.errors import ConfigError, UnknownName
 from mitigate.registry import suggestion
-from mitigate.reproduction.tables import Column, Protocol, Published, read_protocol, read_tables
+from mitigate.reproduction.tables import Column, Protocol, Published, read_protocol, read_table, read_tables
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
@@ -112,14 +112,13 @@ def find_table(name: str) -> Published:
         If there is no such experiment, or it holds no table.
     """
     with session() as hydra:
-        tables, experiments = read_tables(hydra), hydra.options("experiment")
-    if name in tables:
-        return tables[name]
-    if name in experiments:
-        raise UnknownName(
-            f"experiment {name!r} holds no published values; run it with: mitigate compare experiment={name}"
-        )
-    raise UnknownName(f"unknown experiment {name!r}{suggestion(name, tables)}")
+        known = hydra.options("experiment")
+        published = read_table(hydra, name) if name in known else None
+        if published is not None:
+            return published
+        if name not in known:
+            raise UnknownName(f"unknown experiment {name!r}{suggestion(name, read_tables(hydra))}")
+    raise UnknownName(f"experiment {name!r} holds no published values; run it with: mitigate compare experiment={name}")
 
 
 def read_overrides(tokens: Sequence[str]) -> Asked:

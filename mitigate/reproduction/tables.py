@@ -169,19 +169,21 @@ class Published:
 
 
 def read_tables(hydra: Session) -> dict[str, Published]:
-    """Return the published tables among the experiments, by name.
+    """Return the published tables among the experiments, by name; as `read_table`."""
+    found = {name: read_table(hydra, name) for name in hydra.options("experiment")}
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def read_table(hydra: Session, name: str) -> Published | None:
+    """Return the published table an experiment holds, if it does.
 
     Raises
     ------
     ConfigError
-        If one is not written as a table must be; names file and key.
+        If it is not written as a table must be; names file and key.
     """
-    tables = {}
-    for name in hydra.options("experiment"):
-        node = _raw(hydra, name).get("reproduction") or {}
-        if "models" in node:
-            tables[name] = _table(name, node)
-    return tables
+    node = _raw(hydra, name).get("reproduction") or {}
+    return _table(name, node) if "models" in node else None
 
 
 def read_protocol(hydra: Session, name: str) -> Protocol:
@@ -223,15 +225,19 @@ def _raw(hydra: Session, name: str) -> dict[str, Any]:
 
 def _inherited(hydra: Session, name: str) -> dict[str, Any]:
     """Merge an experiment with those it builds on; ``chosen`` has the options of groups they choose."""
-    merged: Any = {"chosen": {}}
+    merged: dict[str, Any] = {"chosen": {}}
     for default in hydra.defaults_of(f"experiment/{name}"):
         group, path = getattr(default, "group", None), getattr(default, "path", None)
         if group is not None:
             merged["chosen"][str(group).lstrip("/")] = str(default.value)
         elif path not in (None, "_self_"):
-            merged = OmegaConf.to_container(OmegaConf.merge(merged, _inherited(hydra, str(path))))
-    merged = OmegaConf.to_container(OmegaConf.merge(merged, _raw(hydra, name)))
-    return dict(merged)
+            merged = _merged(merged, _inherited(hydra, str(path)))
+    return _merged(merged, _raw(hydra, name))
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key for key in below if isinstance(below[key], dict) and isinstance(above.get(key), dict)}
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
 
 
 def _table(name: str, node: Mapping[str, Any]) -> Published:
