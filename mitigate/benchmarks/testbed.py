@@ -126,6 +126,12 @@ class Testbed(Benchmark):
         """Return whether a yes/no reply is right; ``None`` for captions."""
         return self._right(record, record.text) if record.task == "yes_no" else None
 
+    def breakdowns(self, record: SampleRecord) -> Mapping[str, str]:
+        """Return which object a question is about, and how many a captioned scene has."""
+        if record.task == "yes_no":
+            return {"object": str(self.truth(record, "object"))}
+        return {"objects in the scene": str(len(self.truth(record, "objects")))}
+
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark object words as right or hallucinated; a wrong yes/no reply is marked hallucinated as a whole."""
         from mitigate.testbed.language import OBJECT_WORDS
