@@ -14,7 +14,7 @@ from mitigate.errors import ConfigError
 from mitigate.registry import trackers
 from mitigate.trackers import BUILTIN
 from mitigate.trackers.base import TrackedRun, Tracker
-from tests.trackers.reading import read_back
+from tests.trackers.reading import read_back, read_run
 
 OFFLINE = {"name": "wandb", "mode": "offline", "project": "test", "entity": None, "tags": ["a"]}
 
@@ -175,3 +175,14 @@ def test_the_base_class_says_what_is_missing(tmp_path: Path) -> None:
     ):
         with pytest.raises(NotImplementedError, match="Tracker does not define"):
             call()
+
+
+def test_photographs_are_shrunk_and_one_picture_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker, photograph = trackers().get("wandb")(OFFLINE, tmp_path), Image.new("RGB", (1024, 600))
+    tracker.start(TrackedRun(id="ab12", name="first", group="comparison", config={}))
+    tracker.table("samples", ["picture"], [[photograph], [photograph]])
+    files = read_run(Path(tracker.finish())).artifact("run_table")
+    (stored,) = [path for name, path in files.items() if name.endswith(".jpg")]
+    with Image.open(stored) as picture:
+        assert picture.size == (512, 300)
