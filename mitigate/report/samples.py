@@ -106,7 +106,7 @@ class Choice:
 
 
 #: Kinds of samples in the order in which they are chosen, as the page calls them.
-KINDS = ("fixed or broken by a stack, or failed", "changed, with as many errors as before", "the same with every stack")
+KINDS = ("fixed or broken by a stack, or failed", "changed, but neither", "the same with every stack")
 
 
 def choose_samples(
@@ -143,9 +143,7 @@ def choose_samples(
         chosen += [key for key in members if key in taken]
         tally[name] = (len(taken), len(members))
     seeds = {stack: sum(run.stack == stack for run in runs) for stack in {run.stack for run in runs}}
-    ordered = sorted(
-        runs, key=lambda run: run.stack != baseline
-    )  # stable: the baseline leads, the rest keeps its order
+    ordered = sorted(runs, key=lambda run: run.stack != baseline)  # stable: the baseline leads
     labelled = [(run.stack if seeds[run.stack] == 1 else f"{run.stack}, seed {run.seed}", run) for run in ordered]
     shown = [_shown(benchmark, labelled, key, states[key]) for key in chosen]
     return Choice(shown=shown, total=len(ids), tally=tally)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ import pytest
 from mitigate.report.html import render
 from mitigate.report.samples import Choice, choose_samples
 from mitigate.runner.table import columns
-from tests.report.worlds import HOSTILE, Words, World, interval, made_comparison
+from tests.report.worlds import HOSTILE, Words, World, interval, made_comparison, record
 
 NOTHING = Choice(shown=[], total=70)
 EMPTY = ("meta", "img", "br", "line", "circle", "input")
@@ -142,11 +143,10 @@ def hostile_page(evil: str) -> str:
     world = World(benchmark=Words(category=evil), prefix=f"{evil} ")
     runs = world.runs()
     for run in runs:
-        for key, record in list(run.answers.items()):
-            run.answers[key] = record.__class__(
-                **{**vars(record), "prompt": evil, "image_id": f"{evil} {record.image_id}", "id": f"{evil} {record.id}"}
-            )
-    runs[1] = runs[1].__class__(f"{evil} good", runs[1].answers)
+        for key, answer in list(run.answers.items()):
+            names = {"prompt": evil, "image_id": f"{evil} {answer.image_id}", "id": f"{evil} {answer.id}"}
+            run.answers[key] = dataclasses.replace(answer, **names)
+    runs[1] = dataclasses.replace(runs[1], stack=f"{evil} good")
     choice = choose_samples(world.benchmark, runs, "none")
     return render(comparison, choice, world.benchmark, title=evil, command=evil)
 
@@ -295,6 +295,15 @@ def test_a_comparison_without_baseline_or_with_one_stack_has_a_report(comparison
     assert "Quality against cost" not in html
     assert 'value="changed"' not in html
     assert 'value="all"' in html
+
+
+def test_failed_samples_can_be_filtered_where_there_are_any(comparison: dict[str, Any]) -> None:
+    assert 'value="failed"' not in page_of(comparison)
+    runs = World().runs()
+    runs[1].answers["p4/same"] = record("p4/same", "", image="p4", error="out of memory")
+    html = render(comparison, choose_samples(Words(), runs, "none"), Words())
+    assert 'value="failed"' in html
+    assert "failed: out of memory" in html
 
 
 def test_every_column_has_a_cell_for_every_stack(comparison: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def test_numbers_and_names_stand_beside_the_difference_plot(comparison: dict[str
 def test_labels_of_the_cost_plot_cover_no_point_and_no_label(comparison: dict[str, Any]) -> None:
     for index in range(3):  # points that nearly coincide
         comparison["stacks"][f"close{index}"] = stack(0.2 + 0.003 * index, 3.0 + 0.05 * index, {})
+        comparison["stacks"][f"cheap{index}"] = stack(0.25 + 0.003 * index, 0.5 + 0.03 * index, {})
     plot = cost_plot(comparison)
     assert plot is not None
     boxes = []
@@ -42,7 +43,7 @@ def test_labels_of_the_cost_plot_cover_no_point_and_no_label(comparison: dict[st
         left = point["label_x"] if point["side"] == "start" else point["label_x"] - wide
         boxes.append((left, point["label_y"] - 9, left + wide, point["label_y"] + 9))
     for index, (left, upper, right, lower) in enumerate(boxes):
-        assert left >= 0
+        assert left >= 52  # the numbers of the axis are there
         assert right <= 640
         for point in plot["points"]:
             assert not (left < point["x"] + 5 and point["x"] - 5 < right and upper < point["y"] < lower)

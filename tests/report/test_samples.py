@@ -55,6 +55,16 @@ def test_more_changes_than_places_are_chosen_by_chance_not_by_order() -> None:
     assert choose_samples(Words(), [Run("none", before)], "none", limit=0).shown == []
 
 
+def test_errors_are_asked_once_per_answer_and_the_baseline_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Words, "errors", lambda self, answer: asked.append(answer.text))
+    texts = {"first": "a cat", "none": "a dog", "second": "a bird"}
+    runs = [Run(stack, {"a": record("a", text)}) for stack, text in texts.items()]
+    (sample,) = choose_samples(Words(), runs, "none").shown
+    assert sorted(asked) == sorted(texts.values())
+    assert [line.givers[0][0] for line in sample.lines] == ["none", "first", "second"]
+
+
 def test_a_failure_is_shown_and_no_change() -> None:
     failed = record("a", "", error="out of memory")
     choice = choose_samples(Words(), [Run("none", {"a": record("a", "cat")}), Run("good", {"a": failed})], "none")
