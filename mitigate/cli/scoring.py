@@ -206,7 +206,7 @@ def _score(benchmark: Benchmark, samples: Sequence[Sample], path: str, flags: Ma
     if partial and len(records) < len(samples):
         notes.append(f"only {len(records)} of {len(samples)} samples have an answer; the others are left out")
         if benchmark.grouped and (torn := _torn(benchmark, samples, records)):
-            notes.append(f"{torn} groups that count as a whole lack some of their answers")
+            notes.append(f"groups that count as a whole but lack some of their answers: {torn}")
     return Scored(name=name, records=records, counts=counts, warnings=notes)
 
 

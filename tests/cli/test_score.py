@@ -160,7 +160,9 @@ def test_partial_scores_what_is_there_and_says_so(capsys: pytest.CaptureFixture[
 def test_torn_groups_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyFiles, "grouped", True)
     write("answers.jsonl", {"set/1": "yes", "set/3": "no"})
-    assert scored(capsys, "--partial")["warnings"][1:] == ["1 groups that count as a whole lack some of their answers"]
+    assert scored(capsys, "--partial")["warnings"][1:] == [
+        "groups that count as a whole but lack some of their answers: 1"
+    ]
 
 
 def test_answers_come_from_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
