@@ -295,6 +295,8 @@ def test_a_comparison_without_baseline_or_with_one_stack_has_a_report(comparison
     assert "Quality against cost" not in html
     assert 'value="changed"' not in html
     assert 'value="all"' in html
+    assert "<fieldset hidden>" in html
+    assert "<em>Fixed</em>" not in html
 
 
 def test_failed_samples_can_be_filtered_where_there_are_any(comparison: dict[str, Any]) -> None:
