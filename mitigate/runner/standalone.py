@@ -92,7 +92,7 @@ def configured_tracker(resolved: ResolvedRun, directory: Path) -> Tracker:
     return made
 
 
-def notes_of(resolved: Sequence[ResolvedRun]) -> list[str]:
+def notes_of(resolved: Sequence[ResolvedRun | StoredRun]) -> list[str]:
     """Return the sentences that belong under every presentation of these runs."""
     small = any("testbed" in (item.config["benchmark"]["name"], item.config["model"]["path"]) for item in resolved)
     return [TESTBED_NOTE] if small else []
