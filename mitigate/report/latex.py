@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mitigate.report.sentences import unit_of
-from mitigate.report.tables import beside
+from mitigate.report.sentences import beside, unit_of
 from mitigate.runner.table import number
 
 _SIGNS = {

@@ -106,9 +106,10 @@ def _verdict(metric: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
 
 
 def _moved_context(comparison: Mapping[str, Any]) -> str:
-    """Name the context metrics (length, yes-rate) that moved beyond their interval."""
+    """Name the metrics beside the headline ones (recall, length, yes-rate) that moved beyond their interval."""
     told = []
-    for name in context_of(comparison):
+    prices = [other for name in comparison["headline"] for other in beside(comparison, name)]
+    for name in dict.fromkeys([*prices, *context_of(comparison)]):
         metric = comparison["metrics"][name]
         for stack, data in comparison["stacks"].items():
             item = data["differences"].get(name)
@@ -116,7 +117,7 @@ def _moved_context(comparison: Mapping[str, Any]) -> str:
                 unit = unit_of(metric, difference=True)
                 title = metric["title"]
                 told.append(f"{title} {number(_scaled(metric, item['value']), sign=True)}{unit} ({stack})")
-    return f"Read it beside what moved as well: {'; '.join(told)}." if told else ""
+    return f"What else moved beyond its interval: {'; '.join(told)}." if told else ""
 
 
 def _failures(comparison: Mapping[str, Any]) -> list[str]:
@@ -125,6 +126,31 @@ def _failures(comparison: Mapping[str, Any]) -> list[str]:
         return []
     shown = ", ".join(f"{count} with {stack}" for stack, count in failed.items())
     return [f"Samples that failed: {shown}."]
+
+
+def beside(comparison: Mapping[str, Any], name: str) -> list[str]:
+    """Return the metrics a headline metric must be read beside.
+
+    First what it may have been bought with: the metrics of its own family and part whose better end is the other one,
+    such as recall beside a rate of hallucinations. Then the context of that family and part, or the nearest there is.
+    """
+    metrics, headline = comparison["metrics"], comparison["headline"]
+    better = metrics[name]["higher_is_better"]
+    prefix = name.rpartition("/")[0]
+    price = [
+        other
+        for other, metric in metrics.items()
+        if other not in headline
+        and other.rpartition("/")[0] == prefix
+        and None not in (better, metric["higher_is_better"])
+        and metric["higher_is_better"] != better
+    ]
+    context = context_of(comparison)
+    while True:
+        near = [other for other in context if other.rpartition("/")[0] == prefix]
+        if near or not prefix:
+            return price + (near or context)
+        prefix = prefix.rpartition("/")[0]
 
 
 def context_of(comparison: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mitigate.report.sentences import context_of, unit_of
+from mitigate.report.sentences import beside, unit_of
 from mitigate.runner.table import Cell, Column, columns, difference_cell, number, p_text, units, value_cell
 
 #: What `breakdowns` adds to the benchmark's own metrics.
@@ -102,17 +102,6 @@ def _context(name: str, comparison: Mapping[str, Any], *, paired: bool) -> list[
             )
         )
     return made
-
-
-def beside(comparison: Mapping[str, Any], name: str) -> list[str]:
-    """Return the context metrics that stand beside a metric: those of its own family and part, if there are any."""
-    context = context_of(comparison)
-    prefix = name.rpartition("/")[0]
-    while True:
-        near = [other for other in context if other.rpartition("/")[0] == prefix]
-        if near or not prefix:
-            return near or context
-        prefix = prefix.rpartition("/")[0]
 
 
 def metric_tables(comparison: Mapping[str, Any]) -> list[Table]:

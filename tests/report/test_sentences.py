@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mitigate.report.sentences import sentences
+from mitigate.report.sentences import beside, sentences
 from tests.report.worlds import difference, interval, made_comparison
 
 
@@ -22,7 +22,7 @@ def test_what_differs_beyond_its_interval_is_said_with_its_size(comparison: dict
     )
     assert "Worse: good (−20.0 [−30.0, −10.0], Holm p = 0.020)." in second
     assert second.endswith("Exactly the same in every resample: unsure.")
-    assert context == "Read it beside what moved as well: Length −2.0 words (good)."
+    assert context == "What else moved beyond its interval: Length −2.0 words (good)."
 
 
 def test_nothing_found_is_said_with_what_could_have_been_seen(comparison: dict[str, Any]) -> None:
@@ -50,6 +50,18 @@ def test_without_a_comparison_the_values_are_said(comparison: dict[str, Any]) ->
     assert sentences(comparison)[0] == "CHAIR_i is 20.0 % [15.0, 25.0] with good."
     comparison["stacks"]["good"]["metrics"]["chair_i"] = interval(None, None, None)
     assert sentences(comparison)[0] == "CHAIR_i is undefined with good."
+
+
+def test_what_a_metric_may_have_been_bought_with_stands_beside_it(comparison: dict[str, Any]) -> None:
+    metrics = comparison["metrics"]
+    metrics["recall"] = {**metrics["pope/adversarial/f1"], "title": "Recall"}
+    metrics["chair_s"] = {**metrics["chair_i"], "title": "CHAIR_s"}
+    for data in comparison["stacks"].values():
+        data["metrics"] |= {name: interval(0.5, 0.4, 0.6) for name in ("recall", "chair_s")}
+    comparison["stacks"]["good"]["differences"]["recall"] = difference(-0.1, -0.15, -0.05)
+    assert beside(comparison, "chair_i") == ["recall", "length"]
+    assert beside(comparison, "pope/adversarial/f1") == ["pope/adversarial/yes_rate"]
+    assert "Recall −10.0 percentage points (good); Length −2.0 words (good)" in sentences(comparison)[2]
 
 
 def test_failures_are_counted(comparison: dict[str, Any]) -> None:
