@@ -62,6 +62,8 @@ def test_what_a_metric_may_have_been_bought_with_stands_beside_it(comparison: di
     assert beside(comparison, "chair_i") == ["recall", "length"]
     assert beside(comparison, "pope/adversarial/f1") == ["pope/adversarial/yes_rate"]
     assert "Recall −10.0 percentage points (good); Length −2.0 words (good)" in sentences(comparison)[2]
+    comparison["headline"] = ["chair_i", "recall"]  # it has a table of its own then
+    assert beside(comparison, "chair_i") == ["length"]
 
 
 def test_failures_are_counted(comparison: dict[str, Any]) -> None:
