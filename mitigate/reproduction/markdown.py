@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from mitigate.reproduction.verdicts import MEANING
+from mitigate.statistics import FEW_IMAGES
 
 HEADINGS: Final = (
     "row", "column", "published", "measured here", "verdict", "published difference", "difference here", "verdict",
@@ -76,6 +77,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
         notes.append(f"The published numbers are of another model ({result['other_model']}): no verdict is drawn.")
     if result["altered"]:
         notes.append(f"Not the full protocol: {', '.join(result['altered'])}. All numbers are of this try.")
+    if result["images"] < FEW_IMAGES:
+        notes.append(f"Only {result['images']} pictures: the intervals are too narrow, and verdicts mean little.")
     if result["left_out"]:
         notes.append(f"{result['left_out']} pictures are left out, because a sample failed.")
     notes.append(f"Differences are to the row of `{result['vanilla']}`, paired by picture, with 95 % intervals.")
@@ -100,9 +103,3 @@ def _number(value: float, decimals: int, *, sign: bool = False) -> str:
 
 def _escaped(text: str) -> str:
     return re.sub(r"([|<>])", r"\\\1", text)
-
-
-def verdict_counts(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how often each verdict on a difference was given, in the order of `MEANING`."""
-    given = [cell["difference"]["verdict"] for result in results for cell in result["cells"] if "difference" in cell]
-    return {verdict: given.count(verdict) for verdict in MEANING if verdict in given}

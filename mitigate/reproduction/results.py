@@ -142,9 +142,7 @@ def merge_results(folder: Path, published: Published, results: Mapping[str, Any]
         if before.get("experiment") != published.name or not isinstance(before.get("comparisons"), dict):
             raise DataError(f"{path} is not of {published.name}; choose another folder with name=")
         earlier = {
-            name: item
-            for name, item in before["comparisons"].items()
-            if (folder / name / "comparison.json").is_file() and name not in results
+            name: item for name, item in before["comparisons"].items() if (folder / name / "comparison.json").is_file()
         }
     data = {
         "experiment": published.name,

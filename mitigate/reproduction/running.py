@@ -93,13 +93,13 @@ def run_jobs(
         comparison = compare(job.runs, directory, console=console, command=command)
         if comparison is None:
             continue
-        results = {job.name: result_of(job, _against_vanilla(job, comparison.data, directory))}
+        results = {job.name: result_of(job, against_vanilla(job, comparison.data, directory))}
         data = merge_results(folder, job.published, results)
         write_text(folder / "reproduction.md", as_markdown(data))
     return data
 
 
-def _against_vanilla(job: Job, data: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+def against_vanilla(job: Job, data: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
     """Return the comparison with the vanilla row as baseline, which in some tables is another one than ``none``."""
     vanilla = job.published.vanilla
     if data["baseline"] == vanilla:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mitigate.reproduction.markdown import as_markdown, rows_of
 from mitigate.reproduction.needs import missing_data, missing_for, missing_weights
 from mitigate.reproduction.planning import Job
 from mitigate.reproduction.results import merge_results, result_of
+from mitigate.reproduction.running import against_vanilla
 from mitigate.reproduction.settings import lines
 from mitigate.reproduction.tables import PublishedModel
 
@@ -135,6 +137,7 @@ def test_another_model_gets_no_verdict_and_a_small_try_is_named() -> None:
     )
     assert "no verdict is drawn" in text
     assert "Not the full protocol: benchmark.limit=4" in text
+    assert "Only 10 pictures" in text
     assert "confirmed" not in text
 
 
@@ -169,6 +172,22 @@ def test_the_folder_keeps_comparisons_that_are_still_there(tmp_path: Path) -> No
     (tmp_path / "reproduction.json").write_text(json.dumps(other))
     with pytest.raises(DataError, match=r"is not of mine; choose another folder with name="):
         merge_results(tmp_path, job.published, {})
+
+
+@pytest.mark.parametrize("vanilla", ["none", "beam"])
+def test_differences_are_to_the_vanilla_row_where_that_is_not_none(
+    vanilla: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(COLUMNS, {**ROWS, "beam": ROWS["none"]})
+    names = {"locore": "LocoRE", "beam": "Beam", "none": "no row"}
+    job = dataclasses.replace(job, published=dataclasses.replace(job.published, vanilla=vanilla, names=names))
+    monkeypatch.setattr("mitigate.runner.stored.read_run", lambda folder: folder)
+    monkeypatch.setattr("mitigate.runner.results.summarise", lambda name, runs: {"name": name, "runs": runs})
+    found = against_vanilla(job, COMPARISON, tmp_path)
+    if vanilla == "none":
+        assert found is COMPARISON
+    else:
+        assert found == {"name": tmp_path.name, "runs": [tmp_path / "beam", tmp_path / "locore", tmp_path / "none"]}
 
 
 def test_settings_say_where_every_value_is_from() -> None:
