@@ -69,6 +69,8 @@ class Metric:
         The value shown where the whole data leave it undefined; ``None`` shows that it is undefined.
     unit
         What it counts if it is no rate, such as ``words`` or ``points``.
+    detail
+        Whether it is for reports and files only: a terminal has no room for everything.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Metric:
     percent: bool = True
     empty: float | None = None
     unit: str = ""
+    detail: bool = False
 
     def value(self, sums: Array) -> float:
         """Evaluate the metric on one row of sums, ``[len(columns)]``; `empty` where that is undefined."""
@@ -242,6 +245,7 @@ def ratio(
     percent: bool = True,
     empty: float | None = None,
     unit: str = "",
+    detail: bool = False,
 ) -> Metric:
     """Build the metric sum(numerator) / sum(denominator); undefined where the denominator sums to zero."""
     return Metric(
@@ -253,6 +257,7 @@ def ratio(
         percent=percent,
         empty=empty,
         unit=unit,
+        detail=detail,
     )
 
 

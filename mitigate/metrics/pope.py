@@ -79,8 +79,8 @@ def _split_metrics(split: str) -> list[Metric]:
     name, title = f"pope/{split}", f"POPE {split}"
     return [
         ratio(f"{name}/accuracy", f"{title} accuracy", correct, questions, higher_is_better=True),
-        ratio(f"{name}/precision", f"{title} precision", hits, said_yes, higher_is_better=True, empty=0.0),
-        ratio(f"{name}/recall", f"{title} recall", hits, positives, higher_is_better=True, empty=0.0),
+        ratio(f"{name}/precision", f"{title} precision", hits, said_yes, higher_is_better=True, empty=0.0, detail=True),
+        ratio(f"{name}/recall", f"{title} recall", hits, positives, higher_is_better=True, empty=0.0, detail=True),
         Metric(
             name=f"{name}/f1",
             title=f"{title} F1",
@@ -113,6 +113,7 @@ def _mean(parts: Sequence[Metric], splits: Sequence[str]) -> Metric:
         compute=compute,
         higher_is_better=parts[0].higher_is_better,
         empty=parts[0].empty,
+        detail=parts[0].detail,
     )
 
 

@@ -201,6 +201,7 @@ def _about(metric: Metric) -> dict[str, Any]:
         "percent": metric.percent,
         "unit": metric.unit,
         "higher_is_better": metric.higher_is_better,
+        "detail": metric.detail,
     }
 
 
@@ -240,7 +241,7 @@ def _stack(
             },
         },
         "cost": _cost(group, baseline, summed),
-        "warnings": [*benchmark.warnings(group.counts), *_cautions(benchmark.headline, differences)],
+        "warnings": [*benchmark.warnings(group.counts), *_cautions(benchmark, differences)],
         "notes": _notes(group, idle, changed if against else None, baseline),
         "record": {
             "created_at": record.created_at,
@@ -266,10 +267,14 @@ def _seed_spread(group: Answered, metrics: Sequence[Metric]) -> dict[str, float]
     return seed_spread(group.counts_by_seed, metrics) if len(group.runs) > 1 else {}
 
 
-def _cautions(headline: Sequence[str], differences: Mapping[str, Difference]) -> list[str]:
-    """Return why the intervals of headline differences are too optimistic, where they are."""
-    found = {name: differences[name].caution for name in headline if name in differences}
-    return [f"difference of {name}: {caution}" for name, caution in found.items() if caution]
+def _cautions(benchmark: Benchmark, differences: Mapping[str, Difference]) -> list[str]:
+    """Return why the intervals of headline differences are too optimistic, where they are: a line per reason."""
+    found: dict[str, list[str]] = {}
+    for metric in benchmark.all_metrics():
+        caution = differences[metric.name].caution if metric.name in differences else None
+        if caution and metric.name in benchmark.headline:
+            found.setdefault(caution, []).append(metric.title)
+    return [f"{', '.join(titles)}: {caution}" for caution, titles in found.items()]
 
 
 def _adjust(stacks: Mapping[str, Any], headline: Sequence[str]) -> None:

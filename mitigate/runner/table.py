@@ -135,7 +135,8 @@ def p_text(value: float | None) -> str:
 def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     """Print the table, folded into as many blocks with the same rows as the width asks for."""
     width = console.width if console.is_terminal else PLAIN_WIDTH
-    made = columns(comparison)
+    details = [name for name, metric in comparison["metrics"].items() if metric.get("detail")]
+    made = [column for column in columns(comparison) if column.metric not in details]
     name_width = max(len("stack"), *(len(name) for name in comparison["stacks"]))
     title: str | None = (
         f"{comparison['name']}: {comparison['n_images']} pictures, {comparison['n_samples']} answers per stack, "
@@ -155,7 +156,8 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
         console.print()
         title = None
-    for line in footnotes(comparison):
+    more = ", ".join(dict.fromkeys(comparison["metrics"][name]["short"] for name in details))
+    for line in [*footnotes(comparison), *([f"Also in the report and in comparison.json: {more}."] if more else [])]:
         console.print(Text(line), width=width, crop=False)
 
 

@@ -58,6 +58,8 @@ class Difference(Interval):
         """
         if self.images < FEW_IMAGES:
             return f"only {self.images} images count: the interval is too narrow (fewer than {FEW_IMAGES})"
+        if not self.changed:
+            return "no image counts differently, and what more images would show is unknown"
         if self.changed < FEW_CHANGES:
             return f"only {self.changed} images changed: the interval is too narrow (fewer than {FEW_CHANGES})"
         return None
