@@ -271,6 +271,8 @@ class RunRecord:
         Of the software.
     data_hash, prompt_hash
         Of the benchmark's samples and pictures, and of its prompts.
+    unreadable
+        Ids of pictures that could not be read; they are not in ``data_hash`` and may be mended.
     weights
         What identifies the checkpoint: ``sha256:...`` of its files or ``commit:...`` of the hub; empty where unknown.
     created_at
@@ -290,6 +292,7 @@ class RunRecord:
     git: dict[str, str | bool | None] = field(default_factory=dict)
     data_hash: str = ""
     prompt_hash: str = ""
+    unreadable: list[str] = field(default_factory=list)
     weights: str = ""
     created_at: str = ""
 

@@ -273,22 +273,50 @@ class Benchmark:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def data_hash(self) -> str:
-        """Return a sha256 over the samples' ground truth and their pictures."""
-        parts: list[Any] = [self.name, self.version]
-        seen = set()
+    def data_hash(self, pictures: Mapping[str, str | None] | None = None) -> str:
+        """Return a sha256 over the samples' ground truth and their pictures.
+
+        Parameters
+        ----------
+        pictures
+            What `picture_hashes` gave; by default it is asked.
+        """
+        found = self.picture_hashes() if pictures is None else pictures
+        truths = [[sample.id, sample.image_id, sample.task, sample.meta] for sample in self.samples()]
+        return content_hash([self.name, self.version, *truths, *map(list, found.items())])
+
+    def picture_hashes(self, *, skip: bool = False) -> dict[str, str | None]:
+        """Read all pictures, so that a broken one is known before anything is answered.
+
+        Parameters
+        ----------
+        skip
+            Whether pictures that cannot be had get ``None`` instead of raising.
+
+        Returns
+        -------
+        dict
+            Image id -> sha256: of the files, or of the pixels where pictures are drawn.
+        """
+        found: dict[str, str | None] = {}
         for sample in self.samples():
-            parts.append([sample.id, sample.image_id, sample.task, sample.meta])
-            if sample.image_id not in seen:
-                seen.add(sample.image_id)
-                parts += self._pictures(sample)
-        return content_hash(parts)
+            if sample.image_id not in found:
+                try:
+                    found[sample.image_id] = content_hash(self._pictures(sample))
+                except Exception:
+                    if not skip:
+                        raise
+                    found[sample.image_id] = None
+        return found
 
     def _pictures(self, sample: Sample) -> list[Any]:
         """Return what identifies a sample's pictures: the bytes of their files, or pixels where they are drawn."""
-        if type(self).images is Benchmark.images:
-            return [require_file(path, self.name).read_bytes() for path in self.image_files(sample)]
-        return [part for image in self.images(sample) for part in ([*image.size], image.tobytes())]
+        if type(self).images is not Benchmark.images:
+            return [part for image in self.images(sample) for part in ([*image.size], image.tobytes())]
+        files = [require_file(path, self.name) for path in self.image_files(sample)]
+        for path in files:
+            open_image(path)
+        return [path.read_bytes() for path in files]
 
     def prompt_hash(self) -> str:
         """Return a sha256 over the prompts."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mitigate.benchmarks.base import Sample
-from mitigate.errors import MitigateError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +79,7 @@ def collect(benchmark: Benchmark, records: Iterable[SampleRecord], *, budget: in
         )
         try:
             made = [thumbnail(picture) for picture in benchmark.images(sample)]
-        except (MitigateError, OSError, NotImplementedError) as error:  # the page is worth having without its pictures
+        except Exception as error:  # the page is worth having without its pictures
             del album.pictures[record.image_id]
             album.unreadable[record.image_id] = (str(error).splitlines() or [type(error).__name__])[0]
             continue

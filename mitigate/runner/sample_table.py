@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mitigate.benchmarks.base import Sample
 from mitigate.effects import BUS
-from mitigate.errors import MitigateError
 from mitigate.report.samples import choose_samples
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class SampleTables:
             asked = {name: getattr(record, name) for name in ("id", "image_id", "task", "prompt", "meta")}
             try:
                 found[record.image_id] = next(iter(benchmark.images(Sample(**asked))), None)
-            except (MitigateError, OSError, NotImplementedError):  # records may lie where the pictures do not
+            except Exception:  # a picture that failed in the run, or records that lie where the pictures do not
                 found[record.image_id] = None
         return found
 

@@ -111,8 +111,8 @@ def run_stack(
     if strangers := sorted(done - wanted):
         raise DataError(f"{run_dir} has a record of {strangers[0]!r}, which is no sample of this benchmark; delete it")
     record = _opening(resolved, earlier, len(samples))
-    if earlier is not None and earlier.data_hash != record.data_hash:
-        raise DataError(f"{run_dir} was made with other data or pictures of this benchmark; delete it to run it again")
+    if earlier is not None:
+        _check_same_data(resolved, earlier, record, run_dir)
     if earlier is not None and earlier.status == "finished" and done == wanted:
         _say_reused(earlier, record, run_dir, console)
         progress.skip()
@@ -226,6 +226,7 @@ def batches_of(resolved: ResolvedRun, stack: Stack | None) -> list[Batch]:
 
 def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: int) -> RunRecord:
     """Return the record of a run that begins or goes on."""
+    skip = resolved.config["on_error"] == "skip"
     return RunRecord(
         status="running",
         stack=resolved.stack_name,
@@ -234,17 +235,37 @@ def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: int) -> 
         provenance=dict(resolved.provenance),
         versions=versions(resolved),
         git=git_state(),
-        data_hash=_hash(resolved.benchmark, "data_hash"),
-        prompt_hash=_hash(resolved.benchmark, "prompt_hash"),
+        data_hash=_data_hash(resolved.benchmark, skip),
+        prompt_hash=_prompt_hash(resolved.benchmark),
+        unreadable=[image for image, found in _pictures(resolved.benchmark, skip).items() if found is None],
         weights=earlier.weights if earlier is not None else "",
         created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
+# All stacks of a comparison share these: they read every file of the benchmark.
 @lru_cache(maxsize=8)
-def _hash(benchmark: Benchmark, which: str) -> str:
-    """Return a hash of a benchmark; all stacks of a comparison share it, and it reads every picture."""
-    return str(getattr(benchmark, which)())
+def _pictures(benchmark: Benchmark, skip: bool) -> Mapping[str, str | None]:
+    return benchmark.picture_hashes(skip=skip)
+
+
+@lru_cache(maxsize=8)
+def _data_hash(benchmark: Benchmark, skip: bool, unreadable: tuple[str, ...] = ()) -> str:
+    return benchmark.data_hash({**_pictures(benchmark, skip), **dict.fromkeys(unreadable)})
+
+
+@lru_cache(maxsize=8)
+def _prompt_hash(benchmark: Benchmark) -> str:
+    return benchmark.prompt_hash()
+
+
+def _check_same_data(resolved: ResolvedRun, earlier: RunRecord, now: RunRecord, run_dir: Path) -> None:
+    """Refuse to go on with other data than a run began with; what could not be read then may have been mended."""
+    if lost := sorted(set(now.unreadable) - set(earlier.unreadable)):
+        raise DataError(f"the picture {lost[0]!r} cannot be read any more, but {run_dir} was made with it; get it back")
+    skip = resolved.config["on_error"] == "skip"
+    if _data_hash(resolved.benchmark, skip, tuple(earlier.unreadable)) != earlier.data_hash:
+        raise DataError(f"{run_dir} was made with other data or pictures of this benchmark; delete it to run it again")
 
 
 def _say_reused(earlier: RunRecord, now: RunRecord, run_dir: Path, console: Console) -> None:

@@ -216,11 +216,11 @@ def test_changed_data_is_refused(loads: list[str], tmp_path: Path, monkeypatch: 
     from mitigate.runner import single
 
     quiet(tmp_path / "c")
-    monkeypatch.setattr(FakeBenchmark, "data_hash", lambda self: "other")
-    single._hash.cache_clear()
+    monkeypatch.setattr(FakeBenchmark, "data_hash", lambda self, pictures: "other")
+    single._data_hash.cache_clear()
     with pytest.raises(DataError, match="other data"):
         quiet(tmp_path / "c")
-    single._hash.cache_clear()
+    single._data_hash.cache_clear()
 
 
 def test_a_failure_is_passed_on_and_leaves_nothing_attached(

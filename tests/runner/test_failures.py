@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mitigate.errors import ConfigError, DataError
 from mitigate.records import RunRecord, read_samples
-from mitigate.runner import compare, run
+from mitigate.runner import compare, run, single
 from tests.runner.fake_world import FakeBenchmark, FakeLoaded, FakeModel, install, resolved
 
 QUIET = Console(quiet=True)
@@ -84,17 +84,41 @@ def test_a_picture_that_cannot_be_read_is_a_failure_of_its_sample(
 
     def images(self: FakeBenchmark, sample: Any) -> Any:
         if sample.image_id == "img-2":
-            raise DataError("img-2.jpg cannot be read as a picture")
+            raise ValueError("img-2.jpg is broken")
         return drawn(self, sample)
 
-    run(resolved(), tmp_path / "good", console=QUIET)
-    monkeypatch.setattr("mitigate.runner.single._hash", lambda *_: "the same")
+    compare([resolved()], tmp_path / "good", console=QUIET)
+    forget()
     monkeypatch.setattr(FakeBenchmark, "images", images)
-    run(resolved(on_error="skip"), tmp_path / "r", console=QUIET)
-    assert set(failed(tmp_path / "r")) == {key for key in (s.id for s in FakeBenchmark().samples()) if "img-2/" in key}
-    assert all("img-2.jpg cannot be read" in reason for reason in failed(tmp_path / "r").values())
-    with pytest.raises(DataError, match=r"img-2\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"img-2\.jpg is broken"):
         run(resolved(), tmp_path / "stopped", console=QUIET)
+    assert read_samples(tmp_path / "stopped") == []  # it is known before anything is answered
+    with pytest.raises(DataError, match="'img-2' cannot be read any more"):
+        run(resolved(on_error="skip"), tmp_path / "good" / "none", console=QUIET)
+    runs = [resolved(on_error="skip", trainer__num_workers=workers) for workers in (0, 2)]
+    assert compare(runs[:1], tmp_path / "c", console=QUIET) is not None  # with a report
+    record = run(runs[1], tmp_path / "c" / "none", console=QUIET)
+    assert (record.failures, record.unreadable) == (4, ["img-2"])
+    reasons = failed(tmp_path / "c" / "none")
+    assert set(reasons) == {sample.id for sample in FakeBenchmark().samples() if sample.image_id == "img-2"}
+    assert all(reason.startswith("ValueError: img-2.jpg is broken") for reason in reasons.values())
+    forget()
+    monkeypatch.setattr(FakeBenchmark, "images", drawn)  # mended: the same command answers what is missing
+    record = run(runs[0], tmp_path / "c" / "none", console=QUIET)
+    whole = RunRecord.read(tmp_path / "good" / "none")
+    assert (record.failures, record.unreadable, record.data_hash) == (0, [], whole.data_hash)
+    assert record.metrics == whole.metrics
+    forget()
+    monkeypatch.setattr(FakeBenchmark, "images", lambda self, sample: [drawn(self, sample)[0].resize((8, 8))])
+    with pytest.raises(DataError, match="other data or pictures"):
+        run(runs[0], tmp_path / "c" / "none", console=QUIET)
+    forget()
+
+
+def forget() -> None:
+    """Let pictures be read again, as another process would."""
+    single._pictures.cache_clear()
+    single._data_hash.cache_clear()
 
 
 def test_what_failed_for_one_stack_is_left_out_of_all_and_counted(
