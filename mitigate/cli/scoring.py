@@ -197,16 +197,17 @@ def _score(benchmark: Benchmark, samples: Sequence[Sample], path: str, flags: Ma
     """Read, match, grade and count one file of answers."""
     partial = "--partial" in flags
     name = "stdin" if path == _STDIN else path
-    records = match(benchmark, samples, _predictions(path, name, flags), name, partial=partial)
+    predictions = _predictions(path, name, flags)
+    records = match(benchmark, samples, predictions, name, partial=partial)
     folder = Path(flags.get("--verdicts", f"{name}.verdicts"))
     with progress_bar("Judging", shown=sys.stderr.isatty()) as report:
         records = benchmark.graded(records, folder, report)
     counts = benchmark.counts(records)
     notes = benchmark.warnings(counts)
     if partial and len(records) < len(samples):
+        failed = {item.id for item in predictions if item.failed} - {record.id for record in records}
         notes.append(f"only {len(records)} of {len(samples)} samples have an answer; the others are left out")
-        if benchmark.grouped and (torn := _torn(benchmark, samples, records)):
-            notes.append(f"groups that count as a whole but lack some of their answers: {torn}")
+        notes += [f"{len(failed)} of those without an answer failed"] if failed else []
     return Scored(name=name, records=records, counts=counts, warnings=notes)
 
 
@@ -217,19 +218,6 @@ def _predictions(path: str, name: str, flags: Mapping[str, str]) -> list[Predict
     if Path(path).is_dir():
         raise DataError(f"{path} is a folder; --predictions takes a file of answers")
     return read_predictions(Path(path), name, **keys)
-
-
-def _torn(benchmark: Benchmark, samples: Sequence[Sample], records: Sequence[SampleRecord]) -> int:
-    from mitigate.data.predictions import as_record
-
-    whole: dict[str, int] = {}
-    for sample in samples:
-        cluster = benchmark.cluster(as_record(sample, ""))
-        whole[cluster] = whole.get(cluster, 0) + 1
-    for record in records:
-        whole[benchmark.cluster(record)] -= 1
-    touched = {benchmark.cluster(record) for record in records}
-    return sum(whole[cluster] > 0 for cluster in touched)
 
 
 def _versions(benchmark: Benchmark, used: Mapping[str, str], said: Sequence[str]) -> list[str]:

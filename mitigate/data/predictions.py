@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,30 @@ if TYPE_CHECKING:
 
 #: More known ids than this are not listed to somebody who wrote a wrong one.
 _LISTED = 6
+#: Most characters of a list of keys.
+_SHOWN_KEYS = 100
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer as it stands in a file: the id it names, its text, and its place (``file:line``)."""
+    """One line of a file of answers.
+
+    Parameters
+    ----------
+    id
+        As it is written there.
+    text
+        The raw answer.
+    place
+        ``file:line``.
+    failed
+        Why there is no answer, in the records of a run that skipped its failures; empty normally.
+    """
 
     id: str
     text: str
     place: str
+    failed: str = ""
 
 
 def read_predictions(
@@ -54,15 +70,13 @@ def read_predictions(
 
 
 def _prediction(row: Mapping[str, Any], place: str, id_field: str, text_field: str) -> Prediction:
-    if row.get("error"):  # what stands for its text is no answer
-        raise DataError(f"{place}: the sample failed ({row['error']!s:.60}); answer it, or take the line out")
     key, answer = _get(row, id_field, "--id-field", place), _get(row, text_field, "--text-field", place)
     if not isinstance(key, str) and (not isinstance(key, int) or isinstance(key, bool)):
         raise DataError(f"{place}: {id_field!r} must be text or a whole number, not {_shown(key)}")
     if not isinstance(answer, str):
         hint = '; an empty answer is ""' if answer is None else ""
         raise DataError(f"{place}: {text_field!r} must be the answer as text, not {_shown(answer)}{hint}")
-    return Prediction(str(key), answer, place)
+    return Prediction(str(key), answer, place, failed=str(row.get("error") or ""))
 
 
 def _shown(value: Any) -> str:
@@ -71,7 +85,7 @@ def _shown(value: Any) -> str:
 
 def _get(row: Mapping[str, Any], key: str, flag: str, place: str) -> Any:
     if key not in row:
-        there = ", ".join(row) or "nothing"
+        there = textwrap.shorten(", ".join(row), _SHOWN_KEYS, placeholder=" ...") or "nothing"
         raise DataError(f"{place}: there is no {key!r}, only {there}; name the key with {flag} KEY")
     return row[key]
 
@@ -92,29 +106,54 @@ def match(
     name
         Of their file.
     partial
-        Whether samples may be left out.
+        Whether samples may be left out, those that failed among them.
 
     Raises
     ------
     DataError
-        If an answer's id is unknown or ambiguous, a sample has two answers, or one has none and `partial` is off.
+        If an answer's id is unknown or ambiguous, a sample has two answers, one failed or has none and `partial` is
+        off, or a part is left out of what counts together.
     """
     known = {sample.id: sample for sample in samples}
     names = _other_names(benchmark, samples)
     answered: dict[str, Prediction] = {}
+    failed: dict[str, Prediction] = {}  # what stands for its text is no answer; a run may have answered it later
     for prediction in predictions:
         key = _resolve(prediction, known, names)
+        if prediction.failed:
+            failed[key] = prediction
+            continue
         if key in answered:
             raise DataError(
                 f"{prediction.place}: sample {key!r} has an answer already, at {answered[key].place}; keep one of them"
             )
         answered[key] = prediction
+    if not partial and (without := [item for key, item in failed.items() if key not in answered]):
+        first = without[0]
+        raise DataError(f"{first.place}: the sample failed ({first.failed:.60}); answer it, or leave it out (--partial)")
     if not partial and (missing := [key for key in known if key not in answered]):
         raise DataError(
             f"{name} has no answer for {len(missing)} of {len(known)} samples, the first is {missing[0]!r}\n"
             "add them, choose less of the benchmark (its options), or score only what is there with --partial"
         )
+    if benchmark.grouped:
+        _check_groups(benchmark, samples, answered)
     return [as_record(sample, answered[sample.id].text) for sample in samples if sample.id in answered]
+
+
+def _check_groups(benchmark: Benchmark, samples: Sequence[Sample], answered: Mapping[str, Prediction]) -> None:
+    """Refuse a group of which only a part is answered: its answers count together."""
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(benchmark.cluster(as_record(sample, "")), []).append(sample.id)
+    for name, members in groups.items():
+        there = [key for key in members if key in answered]
+        if there and len(there) < len(members):
+            missing = next(key for key in members if key not in answered)
+            raise DataError(
+                f"{answered[there[0]].place}: the {len(members)} answers of {name} count together, but there is none "
+                f"for {missing!r}; add it, or take out the others of {name}"
+            )
 
 
 def _other_names(benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, list[str]]:

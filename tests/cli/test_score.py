@@ -143,6 +143,10 @@ def test_a_baseline_gives_paired_differences(capsys: pytest.CaptureFixture[str])
     assert "Accuracy │ 66.67 % │" in out
     assert "+66.67" in out
     assert "right only in plain.jsonl 0, only in answers.jsonl 2, p = 0.500" in out
+    caution = "only 2 images count: the interval is too narrow (fewer than 30)"
+    assert found["differences"]["accuracy"]["caution"] == caution
+    assert found["cautions"] == [f"Accuracy: {caution}"]
+    assert f"! difference of Accuracy: {caution}" in out
 
 
 def test_partial_scores_what_is_there_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,12 +161,27 @@ def test_partial_scores_what_is_there_and_says_so(capsys: pytest.CaptureFixture[
     assert "has no answer for 1 of 3 samples, the first is 'set/3'" in err
 
 
-def test_torn_groups_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_what_counts_together_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ToyFiles, "grouped", True)
-    write("answers.jsonl", {"set/1": "yes", "set/3": "no"})
-    assert scored(capsys, "--partial")["warnings"][1:] == [
-        "groups that count as a whole but lack some of their answers: 1"
-    ]
+    write("answers.jsonl", {"set/3": "no", "set/1": "yes"})
+    assert main(["score", "toyfiles", "--predictions", "answers.jsonl", "--partial", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "answers.jsonl:2: the 2 answers of a.png count together, but there is none for 'set/2'" in err
+    write("answers.jsonl", {"set/1": "yes", "set/2": "no"})
+    assert scored(capsys, "--partial")["n_samples"] == 2
+
+
+def test_a_sample_that_failed_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"id": "set/1", "text": "yes"}, {"id": "set/2", "text": "", "error": "out of memory"}]
+    Path("answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = scored(capsys, "--partial")
+    assert (found["n_samples"], found["metrics"]["accuracy"]["value"]) == (1, 1)
+    assert found["warnings"] == [
+        "only 1 of 3 samples have an answer; the others are left out", "1 of those without an answer failed"
+    ]  # fmt: skip
 
 
 def test_answers_come_from_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_other_names_and_numbers_match_where_they_mean_one_sample(tmp_path: Path
         ((WHOLE[0], {"id": "set/1", "text": ["no"]}), ":2: 'text' must be the answer as text, not [\"no\"]"),
         (({"question_id": 1, "text": ""},), ":1: there is no 'id', only question_id, text; name the key with --id-"),
         (({"id": 1, "answer": ""},), ":1: there is no 'text', only id, answer; name the key with --text-field KEY"),
-        (({"id": 1, "text": "", "error": "out of memory"},), ":1: the sample failed (out of memory)"),
+        (({"\n".join(map(str, range(999))): 1},), f":1: there is no 'id', only {' '.join(map(str, range(28)))}"),
     ],
 )
 def test_what_does_not_fit_is_refused_even_where_a_part_is_enough(tmp_path: Path, rows: Any, message: str) -> None:
@@ -63,6 +63,14 @@ def test_what_does_not_fit_is_refused_even_where_a_part_is_enough(tmp_path: Path
         with pytest.raises(DataError) as caught:
             matched(tmp_path, rows, partial=partial)
         assert str(caught.value).startswith(f"{path}{message.format(path)}")
+
+
+def test_a_sample_that_failed_has_no_answer_unless_it_was_answered_later(tmp_path: Path) -> None:
+    failed = {"id": "set/1", "text": "", "error": "out of memory"}
+    with pytest.raises(DataError, match=r":1: the sample failed \(out of memory\); answer it, or leave it out"):
+        matched(tmp_path, (failed, WHOLE[0], WHOLE[2]))
+    assert [record.id for record in matched(tmp_path, (failed, WHOLE[0]), partial=True)] == ["set/2"]
+    assert [record.text for record in matched(tmp_path, (failed, *WHOLE))] == ["yes", "", "no"]
 
 
 def test_missing_answers_are_counted_or_allowed(tmp_path: Path) -> None:
