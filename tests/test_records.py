@@ -319,7 +319,8 @@ def test_importing_the_evaluation_loads_no_heavy_library() -> None:
     script = (
         "import sys, mitigate.records, mitigate.statistics, mitigate.effects, mitigate.benchmarks.testbed\n"
         "mitigate.benchmarks.testbed.Testbed(limit=1).samples()\n"
-        "print(sorted({'torch', 'transformers', 'pytorch_lightning', 'wandb', 'scipy.stats', 'PIL'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'pytorch_lightning', 'wandb', 'scipy.stats', 'PIL'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

@@ -130,7 +130,7 @@ def match(
         answered[key] = prediction
     if not partial and (without := [item for key, item in failed.items() if key not in answered]):
         first = without[0]
-        raise DataError(f"{first.place}: the sample failed ({first.failed:.60}); answer it, or leave it out (--partial)")
+        raise DataError(f"{first.place}: the sample failed ({first.failed:.60}); answer it, or use --partial")
     if not partial and (missing := [key for key in known if key not in answered]):
         raise DataError(
             f"{name} has no answer for {len(missing)} of {len(known)} samples, the first is {missing[0]!r}\n"

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_even_where_a_part_is_enough(tmp_path: Path
 
 def test_a_sample_that_failed_has_no_answer_unless_it_was_answered_later(tmp_path: Path) -> None:
     failed = {"id": "set/1", "text": "", "error": "out of memory"}
-    with pytest.raises(DataError, match=r":1: the sample failed \(out of memory\); answer it, or leave it out"):
+    with pytest.raises(DataError, match=r":1: the sample failed \(out of memory\); answer it, or use --partial"):
         matched(tmp_path, (failed, WHOLE[0], WHOLE[2]))
     assert [record.id for record in matched(tmp_path, (failed, WHOLE[0]), partial=True)] == ["set/2"]
     assert [record.text for record in matched(tmp_path, (failed, *WHOLE))] == ["yes", "", "no"]
