@@ -58,10 +58,16 @@ ROWS = {
 }  # fmt: skip
 
 
+#: Every stack is composed on these, and on every third one of the other models.
+THOROUGH = ("testbed", "llava-1.5-7b")
+
+
 @pytest.mark.parametrize("model", names("model"))
-def test_every_stack_composes_on_every_model(model: str) -> None:
+def test_stacks_compose_on_models(model: str) -> None:
     stacks = [stack for stack in names("stack") if model == "testbed" or not stack.startswith("control")]
     stacks = [stack for stack in stacks if model == "llava-1.5-7b" or stack not in ROWS]
+    if model not in THOROUGH:
+        stacks = stacks[names("model").index(model) % 3 :: 3]
     path = ["model.path=x"] if model == "hf" else []
     runs = compose_comparison([f"model={model}", *path, f"stacks=[{','.join(stacks)}]"])
     assert sorted(run.stack_name for run in runs) == sorted(stacks)
