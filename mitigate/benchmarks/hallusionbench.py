@@ -10,6 +10,7 @@ from mitigate.benchmarks.base import Benchmark, Sample, Span
 from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import HALLUSIONBENCH
 from mitigate.errors import DataError
+from mitigate.judges import CACHE, Message, graded, judge_of
 from mitigate.metrics.hallusionbench import GRADERS, is_right
 from mitigate.metrics.hallusionbench import HallusionBench as HallusionBenchScorer
 
@@ -68,6 +69,7 @@ class HallusionBench(Benchmark):
     summary: ClassVar[str] = "HallusionBench: the same questions on original and edited pictures"
     sources: ClassVar[tuple[Source, ...]] = HALLUSIONBENCH
     ids: ClassVar[str] = "category_subcategory_set_figure_question, such as VS_chart_0_1_0"
+    grouped: ClassVar[bool] = True
 
     grader: str = "exact"
     prompt: str = "{question}"
@@ -85,6 +87,8 @@ class HallusionBench(Benchmark):
         self.require("{question}" in self.prompt, "prompt", "contain {question}")
         self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
         self.require(self.judge_retries >= 0, "judge_retries", "not be negative")
+        if self.grader == "judge":
+            judge_of(self)  # before anything runs
 
     def samples(self) -> list[Sample]:
         """Return the questions in the order of the file."""
@@ -141,13 +145,12 @@ class HallusionBench(Benchmark):
         Raises
         ------
         ConfigError, DataError
-            If no judge is named, or it does not answer.
+            If the judge does not answer (`mitigate.judges.Judge.reply`).
         """
         if self.grader == "exact":
             return list(records)
-        from mitigate.judges import CACHE, graded, judge_of
 
-        def ask(record: SampleRecord) -> list[dict[str, Any]]:
+        def ask(record: SampleRecord) -> list[Message]:
             text = JUDGE_PROMPT.format(
                 question=self.truth(record, "question"),
                 reference=self.truth(record, "reference"),

@@ -42,6 +42,7 @@ class Mme(Benchmark):
     summary: ClassVar[str] = "MME: pairs of yes/no questions, 14 tasks of perception and cognition"
     sources: ClassVar[tuple[Source, ...]] = MME
     ids: ClassVar[str] = "task/picture/line of the pair, such as existence/000000006040.jpg/0"
+    grouped: ClassVar[bool] = True
 
     tasks: tuple[str, ...] = TASKS
     prompt: str = "{question}"

@@ -45,7 +45,9 @@ TOTALS: Final = {
     "hallucination": ("existence", "count", "position", "color"),
 }
 _COUNTS: Final = ("questions", "correct", "pictures", "both_right", "other")
-_ALL: Final = ("mme/questions", "mme/correct", "mme/other", "mme/said_yes", "mme/words")
+_ALL: Final = ("mme/questions", "mme/correct", "mme/other", "mme/said_yes", "mme/words", "mme/breaking")
+#: What separates the fields and lines of the tool's files, and so cannot be in a reply.
+_SEPARATORS: Final = frozenset("\t\n\r")
 
 
 def parse(text: str) -> Answer | None:
@@ -76,7 +78,8 @@ def picture_counts(task: str, answers: Sequence[tuple[str, str]]) -> dict[str, f
     other = read.count(None)
     row = dict(zip(_names(task), map(float, (len(read), right, 1, right == len(read), other)), strict=True))
     words = sum(len(text.split()) for text, _ in answers)
-    return row | dict(zip(_ALL, map(float, (len(read), right, other, read.count("yes"), words)), strict=True))
+    breaking = sum(not _SEPARATORS.isdisjoint(text) for text, _ in answers)
+    return row | dict(zip(_ALL, map(float, (len(read), right, other, read.count("yes"), words, breaking)), strict=True))
 
 
 def _score(sums: Array) -> Array:
@@ -123,14 +126,21 @@ def mme_metrics(tasks: Sequence[str] = TASKS) -> list[Metric]:
 
     Per task: accuracy (acc), share of pictures with both answers right (acc+), and the score, 100 (acc + acc+).
     """
-    questions, correct, other, said_yes, words = _ALL
+    questions, correct, other, said_yes, words, breaking = _ALL
     return [
         *(_total(name, parts) for name, parts in TOTALS.items() if set(parts) <= set(tasks)),
         ratio("mme/accuracy", "MME accuracy", correct, questions, higher_is_better=True),
         *(metric for task in tasks for metric in _task_metrics(task)),
         ratio("mme/unparsed_rate", "MME unparsed", other, questions, higher_is_better=False),
         ratio("mme/yes_rate", "MME yes-rate", said_yes, questions),
-        ratio("mme/words", "MME words", words, questions, percent=False, unit="words"),
+        Metric(
+            name="mme/words",
+            title="MME words",
+            columns=(words, questions, breaking),  # the last one is there for the warnings
+            compute=lambda sums: divide(sums[..., 0], sums[..., 1]),
+            percent=False,
+            unit="words",
+        ),
     ]
 
 
@@ -183,12 +193,19 @@ class Mme(Scorer):
         return total
 
     def warnings(self, sums: Mapping[str, float]) -> list[str]:
-        """Name the tasks where the official tool would fail because no reply is a yes or a no."""
+        """Name what the official tool fails on: tasks without any yes or no, and replies that break its files."""
+        found = []
         silent = []
         for task in self.tasks:
             questions, _, _, _, other = (sums.get(name, 0.0) for name in _names(task))
             if questions and other == questions:
                 silent.append(task)
-        if not silent:
-            return []
-        return [f"mme: no reply begins with yes or no in {', '.join(silent)}: scored 0, where the official tool fails"]
+        if silent:
+            tasks = ", ".join(silent)
+            found.append(f"mme: no reply begins with yes or no in {tasks}: scored 0, where the official tool fails")
+        if breaking := sums.get("mme/breaking"):
+            found.append(
+                f"mme: {breaking:g} of {sums['mme/questions']:g} replies hold a tab or line end, which count as any "
+                "character here and break the official tool's files"
+            )
+        return found

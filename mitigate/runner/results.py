@@ -159,7 +159,7 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
             "stacks": stacks,
             "breakdowns": break_down(groups, baseline, metrics, first.seed),
             "judges": judges,
-            "notes": [*notes, *_left_out(groups[first.stack].left_out), *_judged(judges)],
+            "notes": [*notes, *_left_out(groups[first.stack]), *_judged(judges)],
             "config": {key: value for key, value in first.config.items() if key not in ("methods", "stack")},
             "data_hash": first.record.data_hash,
             "prompt_hash": first.record.prompt_hash,
@@ -173,10 +173,12 @@ def _model(config: Mapping[str, Any]) -> str:
     return name if name == path else f"{name} ({path})"
 
 
-def _left_out(units: frozenset[str]) -> list[str]:
-    if not units:
+def _left_out(group: Answered) -> list[str]:
+    count = len(group.left_out)
+    if not count:
         return []
-    many = f"{len(units)} samples are" if len(units) > 1 else "1 sample is"
+    one, more = ("group of answers", "groups of answers") if group.benchmark.grouped else ("sample", "samples")
+    many = f"{count} {more} are" if count > 1 else f"1 {one} is"
     return [f"{many} left out of every stack's numbers, because some stack failed there."]
 
 

@@ -63,13 +63,13 @@ class SampleTables:
             try:
                 found[record.image_id] = next(iter(benchmark.images(Sample(**asked))), None)
             except Exception:  # a picture that failed in the run, or records that lie where the pictures do not
-                found[record.image_id] = None
+                continue
         return found
 
     @property
     def missing(self) -> int:
-        """How many pictures of the tables could not be opened."""
-        return sum(picture is None for picture in self._pictures.values())
+        """How many pictures of the tables could not be opened; a sample without a picture misses none."""
+        return len({shown.record.image_id for shown in self._chosen} - self._pictures.keys())
 
     def of(self, stack: str) -> tuple[list[str], list[list[Any]]]:
         """Return columns and rows of a stack's table."""
@@ -93,7 +93,7 @@ class SampleTables:
         spans = run.benchmark.marked(record, record.text) if record.error is None else []
         states = shown.states.get(run.stack, ())
         return [
-            self._pictures[record.image_id],
+            self._pictures.get(record.image_id),
             record.id,
             run.seed,
             ", ".join(f"{name}: {category}" for name, category in shown.categories.items()),

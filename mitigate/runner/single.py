@@ -172,8 +172,9 @@ def _scored(resolved: ResolvedRun, record: RunRecord, records: list[SampleRecord
     left_out = units_that_failed(resolved.benchmark, records)
     answers = [answer for answer in records if unit(resolved.benchmark, answer) not in left_out]
     if not answers:
-        failed = next(answer for answer in records if answer.error is not None)
-        raise DataError(f"all {len(records)} samples failed; the first one, {failed.id!r}: {failed.error}")
+        failed = [answer for answer in records if answer.error is not None]
+        many = f"all {len(records)} samples" if len(failed) == len(records) else "samples of every group of answers"
+        raise DataError(f"{many} failed; the first one, {failed[0].id!r}: {failed[0].error}")
     return replace(
         record,
         failures=sum(answer.error is not None for answer in records),

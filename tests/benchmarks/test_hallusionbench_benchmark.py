@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 
 from mitigate.benchmarks.base import Sample, Span
 from mitigate.benchmarks.hallusionbench import HallusionBench
+from mitigate.benchmarks.mme import Mme
 from mitigate.errors import ConfigError, DataError
 from mitigate.metrics.base import values
-from mitigate.records import SampleRecord
-from tests.benchmarks.official_yes_no import hallusionbench_rows, write_hallusionbench
+from mitigate.records import RecordWriter, RunRecord, SampleRecord
+from mitigate.runner.results import summarise
+from mitigate.runner.stored import read_run
+from tests.benchmarks.official_yes_no import hallusionbench_rows, write_hallusionbench, write_mme
 from tests.judges.server import Answer, endpoint, said
 
 
@@ -144,8 +148,39 @@ def test_a_judge_sees_question_reference_and_reply_and_is_asked_once(
 def test_exact_needs_no_judge_and_a_judge_needs_an_address(root: Path, tmp_path: Path) -> None:
     records = [answered(sample, "Yes") for sample in HallusionBench(data_dir=str(root)).samples()]
     assert HallusionBench().graded(records, tmp_path) == records
-    with pytest.raises(ConfigError, match="judge_url"):
-        HallusionBench(grader="judge").graded(records, tmp_path)
+    with pytest.raises(ConfigError, match="judge_url"):  # before anything runs
+        HallusionBench(grader="judge", judge_model="gpt-4")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "failing", "left_out", "kept"),
+    [
+        (Mme(tasks=("OCR", "count")), "count/0001.jpg/1", "count/0001.jpg", 6),
+        (HallusionBench(), "VS_chart_0_1_0", "VS_chart_0", 10),
+    ],
+    ids=["mme", "hallusionbench"],
+)
+def test_where_one_answer_fails_the_others_of_its_pair_or_set_are_left_out(
+    root: Path, benchmark: Mme | HallusionBench, failing: str, left_out: str, kept: int
+) -> None:
+    write_mme(root, ("OCR", "count"))
+    benchmark = dataclasses.replace(benchmark, data_dir=str(root))
+    answers = [answered(sample, "Yes") for sample in benchmark.samples()]
+    answers = [dataclasses.replace(each, error="boom") if each.id == failing else each for each in answers]
+    with RecordWriter(root / "run") as writer:
+        writer.extend(answers)
+    config = {
+        "benchmark": {"name": benchmark.name, **benchmark.params()},
+        "model": {"name": "toy", "path": "toy"},
+        "methods": {},
+        "trainer": {"batch_size": 1},
+        "seed": 0,
+    }
+    RunRecord(status="finished", stack="none", samples=len(answers), config=config).write(root / "run")
+    comparison = summarise("one", [read_run(root / "run")])
+    assert (comparison["left_out"], comparison["n_samples"]) == ([left_out], kept)
+    assert comparison["stacks"]["none"]["failures"] == 1
+    assert comparison["notes"][0].startswith("1 group of answers is left out")
 
 
 def test_what_a_report_shows(root: Path) -> None:

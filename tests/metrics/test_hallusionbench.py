@@ -30,6 +30,10 @@ EXACT = VECTORS["exact_match_variants"]
 Row = dict[str, Any]
 
 
+def built(grader: str = "judge") -> HallusionBenchBenchmark:
+    return HallusionBenchBenchmark(grader=grader, judge_url="http://nobody/v1", judge_model="j")
+
+
 def record(row: Row, text: str = "x", **meta: str) -> SampleRecord:
     names = [str(row[key]) for key in ("category", "subcategory", "set_id", "figure_id", "question_id")]
     truth = dict(zip(("category", "subcategory", "set", "figure", "question_id"), names, strict=True))
@@ -51,7 +55,7 @@ def judged(rows: Iterable[Row], key: str = "gpt4v_output_gpt_check") -> list[Sam
 
 
 def numbers(records: list[SampleRecord], grader: str = "judge") -> dict[str, float]:
-    benchmark = HallusionBenchBenchmark(grader=grader)
+    benchmark = built(grader)
     result = values(benchmark.counts(records), benchmark.metrics())
     return {name.removeprefix("hallusionbench/"): value for name, value in result.items()}
 
@@ -125,7 +129,7 @@ def test_sets_can_be_counted_together() -> None:
     more = [{**row, "set_id": "9", "gpt4v_output_gpt_check": "1"} for row in tiny]  # a second set of each subject
     records = judged([*tiny, *more])
     together = hallusionbench_counts([(item.meta, item.text) for item in records], "judge")
-    apart = HallusionBenchBenchmark(grader="judge").counts(records)
+    apart = built().counts(records)
     assert len(apart.images) == 12
     assert together == {name: float(column.sum()) for name, column in apart.columns.items()}
 
@@ -189,7 +193,7 @@ def test_the_numbers_are_those_of_the_definition_in_any_order(drawn: list[tuple[
 
 
 def test_what_the_script_cannot_divide_is_zero_with_a_warning() -> None:
-    benchmark = HallusionBenchBenchmark(grader="judge")
+    benchmark = built()
     tiny = VECTORS["runs"]["tiny"]["data"]
     perfect = benchmark.counts([record(row, judge_reply="correct") for row in tiny])
     assert values(perfect, benchmark.metrics())["hallusionbench/fp_ratio"] == 0.0
@@ -206,6 +210,6 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="unknown grader 'vote'"):
         HallusionBench(grader="vote")
     with pytest.raises(DataError, match="no verdict of a judge"):
-        HallusionBenchBenchmark(grader="judge").counts([record(row)])
+        built().counts([record(row)])
     stranger = SampleRecord(id="1", image_id="x", task="caption", prompt="", text="a cat", tokens=1, finished=True)
     assert HallusionBench().score_cluster([stranger], HallusionBenchBenchmark()) == {}

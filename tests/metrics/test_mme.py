@@ -149,6 +149,14 @@ def test_a_task_without_any_yes_or_no_scores_zero_and_says_so() -> None:
     assert warning.startswith("mme: no reply begins with yes or no in existence: scored 0")
 
 
+def test_replies_that_break_the_tools_files_are_counted() -> None:
+    replies = ["Yes\tit is", "No\n", "No\r\n", "Yes", "Yes, it is", "No\u2028"]
+    records = [item for n in range(3) for item in pair("count", f"{n}.jpg", *replies[2 * n : 2 * n + 2])]
+    benchmark = MmeBenchmark(tasks=("count",))
+    (warning,) = benchmark.warnings(benchmark.counts(records))
+    assert warning.startswith("mme: 3 of 6 replies hold a tab or line end")
+
+
 def test_a_picture_needs_both_answers() -> None:
     benchmark = MmeBenchmark(tasks=("count",))
     with pytest.raises(DataError, match=r"count/a\.jpg needs both its answers, but has 1"):
