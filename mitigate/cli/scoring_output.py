@@ -16,7 +16,7 @@ from mitigate.jsonfiles import to_json
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
     from mitigate.cli.scoring import Scored
-    from mitigate.metrics.base import Metric
+    from mitigate.metrics.base import Interval, Metric
 
 HELP = """\
 Usage: mitigate score BENCHMARK --predictions FILE [OPTION ...] [KEY=VALUE ...]
@@ -130,12 +130,7 @@ def summary(
         "resamples": resamples,
         "seed": seed,
         "headline": list(benchmark.headline),
-        "metrics": {
-            name: {**asdict(interval), **_about(metric)}
-            for metric, (name, interval) in zip(
-                metrics, intervals(scored.counts, metrics, resamples, seed).items(), strict=True
-            )
-        },
+        "metrics": described(metrics, intervals(scored.counts, metrics, resamples, seed)),
     }
     if unparsed := [name for name in found["metrics"] if name.split("/")[-1] == "unparsed_rate"]:
         found["unparsed_rate"] = found["metrics"][unparsed[0]]["value"]
@@ -149,12 +144,12 @@ def summary(
     return plain
 
 
-def _about(metric: Metric) -> dict[str, Any]:
+def described(metrics: Sequence[Metric], measured: Mapping[str, Interval]) -> dict[str, Any]:
+    """Return metric -> its interval, and what has to be known to show it."""
+    about = ("title", "percent", "unit", "higher_is_better")
     return {
-        "title": metric.title,
-        "percent": metric.percent,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
+        metric.name: {**asdict(measured[metric.name]), **{key: getattr(metric, key) for key in about}}
+        for metric in metrics
     }
 
 
@@ -162,6 +157,7 @@ def _compared(
     benchmark: Benchmark, scored: Scored, baseline: Scored, metrics: Sequence[Metric], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Return the paired differences (answers minus baseline), and McNemar's test where answers are right or wrong."""
+    from mitigate.runner.results import cautions
     from mitigate.statistics import intervals, mcnemar, paired_differences
 
     outcomes = [
@@ -175,9 +171,11 @@ def _compared(
             name: asdict(interval) for name, interval in intervals(baseline.counts, metrics, resamples, seed).items()
         },
         "differences": {
-            name: {**asdict(value), "excludes_zero": value.excludes_zero} for name, value in differences.items()
+            name: {**asdict(value), "excludes_zero": value.excludes_zero, "caution": value.caution}
+            for name, value in differences.items()
         },
         "mcnemar": asdict(mcnemar(*outcomes)) if outcomes[0] else None,
+        "cautions": cautions(benchmark, differences),
         "warnings": baseline.warnings,
     }
 
@@ -188,20 +186,34 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     count = f"{result['n_samples']:,} answers about {result['n_images']:,} pictures"
     if result["n_samples"] < result["n_samples_of_benchmark"]:
         count = f"{result['n_samples']:,} of {result['n_samples_of_benchmark']:,} answers (--partial)"
-    title = Text(f"{result['benchmark']}: {count}")
-    heads = ["metric", "value", "95 % interval"]
-    heads += ["baseline", "difference", "95 % interval", "p"] if baseline else []
-    table = Table(*heads, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    context = [name for name, metric in result["metrics"].items() if metric["higher_is_better"] is None]
-    for names in ([name for name in result["metrics"] if name not in context], context):
-        for name in names:
-            table.add_row(*_row(name, result["metrics"][name], baseline), style="dim" if name in context else None)
-        table.add_section()
-    console.print(table)
+    console.print(metrics_table(f"{result['benchmark']}: {count}", result["metrics"], baseline))
     for line in _lines(result, baseline):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def metrics_table(title: str, metrics: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> Table:
+    """Return the table of `described` metrics as plain JSON: scores first, then what is context.
+
+    Parameters
+    ----------
+    title
+        Above the table.
+    metrics
+        Metric -> interval, title and unit; undefined numbers ``None``.
+    baseline
+        ``metrics`` of other answers, and ``differences`` to them.
+    """
+    heads = ["metric", "value", "95 % interval"]
+    heads += ["baseline", "difference", "95 % interval", "p"] if baseline else []
+    table = Table(*heads, title=Text(title), title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    context = [name for name, metric in metrics.items() if metric["higher_is_better"] is None]
+    for names in ([name for name in metrics if name not in context], context):
+        for name in names:
+            table.add_row(*_row(name, metrics[name], baseline), style="dim" if name in context else None)
+        table.add_section()
+    return table
 
 
 def _row(name: str, metric: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> list[Text]:
@@ -243,8 +255,9 @@ def _lines(result: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> lis
         if (test := baseline["mcnemar"]) is not None:
             lines.append(
                 f"McNemar, exact: right only in {baseline['predictions']} {test['only_first']}, only in "
-                f"{result['predictions']} {test['only_second']}, p = {_p(test['p']).removeprefix('= ')}"
+                f"{result['predictions']} {test['only_second']}, p = {_p(test['p'])}"
             )
+        lines += [f"! difference of {line}" for line in baseline["cautions"]]
         lines += [f"! {baseline['predictions']}: {line}" for line in baseline["warnings"]]
     if "judge" in result:
         lines.append(f"Judge: {result['judge']}")

@@ -27,7 +27,7 @@ from mitigate.report.tables import (
     mcnemar_table,
     metric_tables,
 )
-from mitigate.runner.table import footnotes, number
+from mitigate.runner.table import footnotes, number, resampled, size
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
@@ -86,6 +86,8 @@ def render(
     return environment.get_template("page.html.j2").render(
         c=comparison,
         title=title or comparison["name"],
+        size=size(comparison),
+        resampled=resampled(comparison),
         summary=sentences(comparison),
         headlines=headline_tables(comparison),
         metrics=metric_tables(comparison),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mitigate.report.sentences import beside, unit_of
-from mitigate.runner.table import number
+from mitigate.runner.table import number, resampled, size
 
 _SIGNS = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "^": r"\textasciicircum{}",
@@ -114,8 +114,8 @@ def _best(comparison: Mapping[str, Any], name: str) -> str | None:
 def _caption(comparison: Mapping[str, Any], title: str, *, paired: bool) -> str:
     parts = [
         f"{escape(title)}: {escape(comparison['benchmark']['name'])}, {escape(comparison['model'])}, "
-        f"{comparison['n_images']} pictures, {comparison['n_samples']} answers per stack.",
-        r"Brackets: 95\,\% intervals (bootstrap over pictures).",
+        f"{size(comparison)}.",
+        rf"Brackets: 95\,\% intervals (bootstrap over {resampled(comparison)}).",
     ]
     if paired:
         parts.append(

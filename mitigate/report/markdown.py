@@ -18,7 +18,7 @@ from mitigate.report.tables import (
     mcnemar_table,
     metric_tables,
 )
-from mitigate.runner.table import footnotes, number
+from mitigate.runner.table import footnotes, number, size
 
 _SIGNS = re.compile(r"([\\`*_\[\]|~$^])")
 #: What would begin a heading, list, quotation or rule.
@@ -48,9 +48,8 @@ def _lines(comparison: Mapping[str, Any], title: str, parts: Sequence[Part]) -> 
     benchmark = comparison["benchmark"]
     yield f"# {opening(title)}\n"
     yield (
-        f"{comparison['n_images']} pictures, {comparison['n_samples']} answers per stack · model "
-        f"{escape(comparison['model'])} · benchmark {escape(benchmark['name'])} (version {benchmark['version']}) · "
-        f"seed {comparison['seed']}\n"
+        f"{size(comparison)} · model {escape(comparison['model'])} · benchmark {escape(benchmark['name'])} "
+        f"(version {benchmark['version']}) · seed of the bootstrap {comparison['seed']}\n"
     )
     for sentence in sentences(comparison):
         yield f"{opening(sentence)}\n"

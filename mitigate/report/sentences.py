@@ -56,6 +56,8 @@ def _about(comparison: Mapping[str, Any], name: str, baseline: str) -> str:
     unclear = [stack for stack in found if stack not in clear]
     if unclear:
         parts.append(_nothing(metric, unclear, found, all_of_them=not clear))
+    if few := _few(found):
+        parts.append(few)
     return " ".join(parts)
 
 
@@ -67,14 +69,15 @@ def _nothing(
     all_of_them: bool,
 ) -> str:
     """Say that nothing was found, and how large it could have been without being seen."""
+    unknown = [stack for stack in unclear if found[stack]["low"] is None]
     same = [stack for stack in unclear if found[stack]["low"] == found[stack]["high"] == 0]
-    open_ones = [stack for stack in unclear if stack not in same]
+    open_ones = [stack for stack in unclear if stack not in (*unknown, *same)]
     parts = []
     if open_ones:
         least = [_scaled(metric, found[stack].get("mde")) for stack in open_ones]
         known = [value for value in least if value is not None and value > 0]
         text = f"No difference beyond the 95 % interval: {', '.join(open_ones)}"
-        if all_of_them:
+        if all_of_them and not unknown:
             text = "No stack changed it beyond the 95 % interval of the difference"
         if known:
             low, high = number(min(known)), number(max(known))
@@ -87,7 +90,18 @@ def _nothing(
         parts.append(f"{text}.")
     if same:
         parts.append(f"Exactly the same in every resample: {', '.join(same)}.")
+    if unknown:
+        parts.append(f"Nothing can be said about {listed(unknown)}: the difference has no interval.")
     return " ".join(parts)
+
+
+def _few(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the stacks whose intervals rest on too few pictures; those that changed none are named already."""
+    known = {stack: item for stack, item in found.items() if item["low"] is not None}
+    few = [stack for stack, item in known.items() if item.get("caution") and item["changed"]]
+    if not few:
+        return ""
+    return f"Too few pictures count or changed, so interval and smallest difference are too small: {', '.join(few)}."
 
 
 def _amount(stack: str, item: Mapping[str, Any], metric: Mapping[str, Any]) -> str:

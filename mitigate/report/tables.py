@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mitigate.report.sentences import beside, unit_of
-from mitigate.runner.table import Cell, Column, columns, difference_cell, number, p_text, units, value_cell
+from mitigate.runner.table import Cell, Column, columns, difference_cell, number, p_text, resampled, units, value_cell
 
 #: What `breakdowns` adds to the benchmark's own metrics.
 _WRONG = {"title": "Wrong answers", "percent": True, "higher_is_better": False}
@@ -81,7 +81,7 @@ def _tests(name: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]) 
 
     return [
         _column("difference to", comparison["baseline"], of(lambda item: difference_cell(metric, item)), stacks),
-        _column("p", "bootstrap", of(lambda item: Cell(text=p_text(item["p"]))), stacks),
+        _column("p", "uncorrected", of(lambda item: Cell(text=p_text(item["p"]))), stacks),
         _column("p", "Holm", of(lambda item: Cell(text=p_text(item.get("p_holm")))), stacks),
         _column("effect", "size", of(lambda item: Cell(text=number(item.get("effect_size"), 2, sign=True))), stacks),
         _column("smallest", "detectable", of(least), stacks),
@@ -111,7 +111,7 @@ def metric_tables(comparison: Mapping[str, Any]) -> list[Table]:
         family, _, part = column.group.partition("\n")
         families.setdefault(family, []).append(replace(column, group=part))
     return [
-        Table(title=_caption(family, members, comparison["metrics"]), rows=list(comparison["stacks"]), columns=members)
+        Table(title=_caption(family, members, comparison), rows=list(comparison["stacks"]), columns=members)
         for family, members in families.items()
     ]
 
@@ -228,7 +228,7 @@ def _section(comparison: Mapping[str, Any], section: str) -> list[Column]:
     return [column for column in columns(comparison) if column.section == section]
 
 
-def _caption(family: str, members: Sequence[Column], metrics: Mapping[str, Any]) -> str:
-    parts = [family, units([metrics[column.metric] for column in members])]
+def _caption(family: str, members: Sequence[Column], comparison: Mapping[str, Any]) -> str:
+    parts = [family, units([comparison["metrics"][column.metric] for column in members])]
     text = ": ".join(part for part in parts if part) or "Results"
-    return f"{text[0].upper()}{text[1:]}; with 95 % intervals (bootstrap over pictures)"
+    return f"{text[0].upper()}{text[1:]}; with 95 % intervals (bootstrap over {resampled(comparison)})"

@@ -61,7 +61,7 @@ def break_down(
             counts = {stack: _counts(first.benchmark, own[name][category]) for stack, own in members.items()}
             found[name][category] = {
                 "n": sizes[category],
-                "images": len(counts[first.stack].images),
+                "images": len({record.image_id for records in categories[category].values() for record in records}),
                 "stacks": _numbers(counts, None if baseline is None else baseline.stack, [WRONG, *headline], seed),
             }
     return found

@@ -70,7 +70,7 @@ class Answered:
 
     @cached_property
     def counts(self) -> ImageCounts:
-        """Return the counts per cluster, summed over the seeds."""
+        """Return the counts per cluster, averaged over the seeds."""
         return pool(self.counts_by_seed)
 
     def counterpart(self, key: tuple[int, str]) -> SampleRecord | None:
@@ -150,7 +150,8 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
             "model": _model(first.config["model"]),
             "baseline": None if baseline is None else baseline.stack,
             "seed": first.seed,
-            "n_images": len(groups[first.stack].counts.images),
+            "n_images": len({record.image_id for record in answers}),
+            "n_clusters": len(groups[first.stack].counts.images),
             "n_samples": len({record.id for record in answers}),
             "left_out": sorted(groups[first.stack].left_out),
             "headline": benchmark.headline,
@@ -229,7 +230,8 @@ def _stack(
         "failures": sum(run.failures for run in group.runs),
         "metrics": {key: asdict(value) for key, value in intervals(group.counts, metrics, seed=seed).items()},
         "differences": {
-            key: {**asdict(found), "excludes_zero": found.excludes_zero} for key, found in differences.items()
+            key: {**asdict(found), "excludes_zero": found.excludes_zero, "caution": found.caution}
+            for key, found in differences.items()
         },
         "seed_spread": _seed_spread(group, metrics),
         "mcnemar": _mcnemar(against, group),
@@ -243,7 +245,7 @@ def _stack(
             },
         },
         "cost": _cost(group, baseline, summed),
-        "warnings": [*benchmark.warnings(group.counts), *_cautions(benchmark, differences)],
+        "warnings": [*benchmark.warnings(group.counts), *cautions(benchmark, differences)],
         "notes": _notes(group, idle, changed if against else None, baseline),
         "record": {
             "created_at": record.created_at,
@@ -269,7 +271,7 @@ def _seed_spread(group: Answered, metrics: Sequence[Metric]) -> dict[str, float]
     return seed_spread(group.counts_by_seed, metrics) if len(group.runs) > 1 else {}
 
 
-def _cautions(benchmark: Benchmark, differences: Mapping[str, Difference]) -> list[str]:
+def cautions(benchmark: Benchmark, differences: Mapping[str, Difference]) -> list[str]:
     """Return why the intervals of headline differences are too optimistic, where they are: a line per reason."""
     found: dict[str, list[str]] = {}
     for metric in benchmark.all_metrics():
@@ -343,8 +345,8 @@ def _notes(group: Answered, idle: Sequence[str], changed: float | None, baseline
     notes = [f"{key} did nothing: it changed no attention row, no hidden state and no token" for key in idle]
     if changed == 0.0 and baseline is not None:
         notes.append(f"every reply is the same as with {baseline.stack}")
-    failures = sum(run.failures for run in group.runs)
-    if failures:
-        many = "samples" if failures > 1 else "sample"
-        notes.append(f"{failures} {many} failed; the same command tries them again")
+    failed = [record for run in group.runs for record in run.answers.values() if record.error is not None]
+    if failed:
+        many = f"{len(failed)} samples failed, the first one" if len(failed) > 1 else "1 sample failed"
+        notes.append(f"{many} ({failed[0].id}) with {failed[0].error}; the same command tries again")
     return notes

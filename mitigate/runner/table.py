@@ -139,8 +139,8 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     made = [column for column in columns(comparison) if column.metric not in details]
     name_width = max(len("stack"), *(len(name) for name in comparison["stacks"]))
     title: str | None = (
-        f"{comparison['name']}: {comparison['n_images']} pictures, {comparison['n_samples']} answers per stack, "
-        f"model {comparison['model']}; {units(comparison['metrics'].values())}"
+        f"{comparison['name']}: {size(comparison)}, model {comparison['model']}; "
+        f"{units(comparison['metrics'].values())}"
     )
     for block in _blocks(made, width - name_width - 4):
         table = Table(
@@ -159,6 +159,19 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     more = ", ".join(dict.fromkeys(comparison["metrics"][name]["short"] for name in details))
     for line in [*footnotes(comparison), *([f"Also in the report and in comparison.json: {more}."] if more else [])]:
         console.print(Text(line), width=width, crop=False)
+
+
+def size(comparison: Mapping[str, Any]) -> str:
+    """Say how much was asked, and with which seeds if there are several."""
+    seeds = sorted({seed for data in comparison["stacks"].values() for seed in data["seeds"]})
+    several = f" and seed (seeds {', '.join(map(str, seeds))})" if len(seeds) > 1 else ""
+    groups = f" in {comparison['n_clusters']} groups" if resampled(comparison) != "pictures" else ""
+    return f"{comparison['n_images']} pictures{groups}, {comparison['n_samples']} answers per stack{several}"
+
+
+def resampled(comparison: Mapping[str, Any]) -> str:
+    """Name what the bootstrap draws: pictures, or groups of them that count together."""
+    return "pictures" if comparison.get("n_clusters", comparison["n_images"]) == comparison["n_images"] else "groups"
 
 
 def units(metrics: Iterable[Mapping[str, Any]]) -> str:
@@ -184,7 +197,7 @@ def footnotes(comparison: Mapping[str, Any]) -> list[str]:
     if comparison["baseline"] is not None and len(comparison["stacks"]) > 1:
         lines.append(
             f"* the paired 95 % interval of the difference to {comparison['baseline']} excludes zero "
-            "(bootstrap over pictures, no correction for several stacks)."
+            f"(bootstrap over {resampled(comparison)}, no correction for several stacks)."
         )
         if least := _least_differences(comparison):
             lines.append(f"The smallest difference these samples could have shown (power 80 %): {least}.")

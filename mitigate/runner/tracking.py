@@ -168,6 +168,7 @@ def _remembered(memory: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
 def _described(group: Sequence[StoredRun], comparison: Mapping[str, Any], project: str | None) -> TrackedRun:
     first, record = group[0], group[0].record
     about = ("versions", "git", "data_hash", "prompt_hash", "weights", "created_at", "provenance")
+    said = [f"! {line}." for kind in ("warnings", "notes") for line in comparison["stacks"][first.stack][kind]]
     return TrackedRun(
         # The same whenever this stack is tracked in this project, in whatever mode: a second try replaces the first.
         id=content_hash([project, comparison["name"], first.stack, [run.record.created_at for run in group]])[:16],
@@ -179,7 +180,7 @@ def _described(group: Sequence[StoredRun], comparison: Mapping[str, Any], projec
             "seeds": [run.seed for run in group],
             **{key: getattr(record, key) for key in about},
         },
-        notes=" ".join(comparison["notes"]),
+        notes=" ".join([*comparison["notes"], *said]),
     )
 
 
@@ -188,7 +189,8 @@ def _said(name: str, places: Sequence[str], tables: SampleTables) -> list[str]:
         return []
     lines = [f"Tracked with {name}: {len(places)} run{'s' if len(places) > 1 else ''} in {places[0].rsplit('/', 1)[0]}"]
     if tables.missing:
-        lines.append(f"{tables.missing} pictures could not be opened here and are missing from the sample tables")
+        many = f"{tables.missing} pictures" if tables.missing > 1 else "1 picture"
+        lines.append(f"{many} could not be opened here and cannot be shown in the sample tables")
     return lines
 
 

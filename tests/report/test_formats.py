@@ -119,6 +119,23 @@ def test_latex_sets_the_best_in_bold_only_if_it_is_sure(comparison: dict[str, An
     assert "mathbf" not in latex(comparison)
 
 
+def test_pooled_seeds_are_named(comparison: dict[str, Any]) -> None:
+    for text in (latex(comparison), markdown(comparison)):
+        assert re.search(r"7 pictures, 70 answers per stack( ·|\.)", text)
+    comparison["stacks"]["good"]["seeds"] = [0, 3]
+    for text in (latex(comparison), markdown(comparison)):
+        assert "7 pictures, 70 answers per stack and seed (seeds 0, 3)" in text
+
+
+def test_what_is_resampled_is_named(comparison: dict[str, Any]) -> None:
+    comparison["n_clusters"] = 7
+    assert "(bootstrap over pictures)" in latex(comparison)
+    comparison["n_clusters"] = 3
+    for text in (latex(comparison), markdown(comparison)):
+        assert "7 pictures in 3 groups, 70 answers" in text
+        assert "(bootstrap over groups" in text
+
+
 def test_latex_rows_have_as_many_cells_as_columns(comparison: dict[str, Any]) -> None:
     lines = latex(comparison).splitlines()
     (columns,) = [len(match[1]) for line in lines if (match := re.match(r"\\begin\{tabular\}\{(\w+)\}", line))]

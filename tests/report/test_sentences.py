@@ -35,6 +35,23 @@ def test_nothing_found_is_said_with_what_could_have_been_seen(comparison: dict[s
     )
 
 
+def test_a_difference_without_interval_is_not_called_small(comparison: dict[str, Any]) -> None:
+    unknown = {**difference(1.0, 0.0, 0.0), **interval(1.0, None, None), "caution": "only 1 images count"}
+    comparison["stacks"]["unsure"]["differences"]["chair_i"] = unknown
+    first = sentences(comparison)[0]
+    assert first.endswith("Holm p = 0.020). Nothing can be said about unsure: the difference has no interval.")
+    comparison["stacks"]["good"]["differences"]["chair_i"] = difference(0.01, -0.03, 0.04)
+    assert "No difference beyond the 95 % interval: good; " in sentences(comparison)[0]
+
+
+def test_intervals_of_few_pictures_are_not_relied_on(comparison: dict[str, Any]) -> None:
+    for name, changed in (("good", 4), ("unsure", 0)):
+        comparison["stacks"][name]["differences"]["chair_i"] |= {"changed": changed, "caution": "only a few"}
+    assert sentences(comparison)[0].endswith(
+        " Too few pictures count or changed, so interval and smallest difference are too small: good."
+    )
+
+
 def test_a_difference_that_correction_takes_back_is_called_so(comparison: dict[str, Any]) -> None:
     item = comparison["stacks"]["good"]["differences"]["chair_i"]
     item["p_holm"] = 0.2

@@ -33,7 +33,8 @@ def interval(value: float | None, low: float | None, high: float | None) -> dict
 def difference(value: float, low: float, high: float) -> dict[str, Any]:
     clear = low > 0 or high < 0
     tests = {"p": 0.01, "p_holm": 0.02, "se": 0.01, "effect_size": 0.25, "mde": 0.028}
-    return {**interval(value, low, high), **tests, "excludes_zero": clear}
+    about = {"images": 500, "changed": 50 if value else 0, "caution": None}
+    return {**interval(value, low, high), **tests, **about, "excludes_zero": clear}
 
 
 def stack(chair: float, cost: float, differences: dict[str, Any], *, idle: list[str] | None = None) -> dict[str, Any]:
