@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.table import Table
 
 from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import INTERRUPTED
@@ -18,6 +14,9 @@ from mitigate.cli.searching import show_search_path
 from mitigate.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from mitigate.compose import ResolvedRun
     from mitigate.records import RunRecord
 
@@ -114,15 +113,13 @@ def check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
 
 
 def _metrics(job: ResolvedRun, record: RunRecord) -> Table:
-    """Return a run's metrics with their 95 % intervals."""
-    table = Table("metric", "value", "95 % interval", title=job.stack_name, title_justify="left")
-    percent = {metric.name for metric in job.benchmark.all_metrics() if metric.percent}
-    for name, interval in record.metrics.items():
-        scale, unit = (100.0, " %") if name in percent else (1.0, "")
-        value, low, high = (scale * number for number in (interval.value, interval.low, interval.high))
-        shown = "–" if math.isnan(value) else f"{value:.2f}{unit}"  # nothing to measure: no object was named
-        table.add_row(name, shown, "" if math.isnan(low) else f"{low:.2f} to {high:.2f}")
-    return table
+    """Return a run's metrics with their 95 % intervals, and how many samples are not in them."""
+    from mitigate.cli.scoring_output import described, metrics_table
+    from mitigate.jsonfiles import to_json
+
+    failed = f", of which {record.failures:,} failed" if record.failures else ""
+    measured = to_json(described(job.benchmark.all_metrics(), record.metrics))
+    return metrics_table(f"{job.stack_name}: {record.samples:,} samples of {job.benchmark.name}{failed}", measured)
 
 
 def _directory(job: ResolvedRun, name: str, short: str, jobs: int) -> Path:

@@ -150,6 +150,7 @@ def described(metrics: Sequence[Metric], measured: Mapping[str, Interval]) -> di
     return {
         metric.name: {**asdict(measured[metric.name]), **{key: getattr(metric, key) for key in about}}
         for metric in metrics
+        if metric.name in measured
     }
 
 

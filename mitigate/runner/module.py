@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from mitigate.errors import ConfigError, UnsupportedModel, described
+from mitigate.errors import ConfigError, MitigateError, UnsupportedModel, described
 from mitigate.records import RecordWriter, SampleRecord
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class BatchData(Dataset[tuple["Batch", list[Pictures]]]):
         except Exception as error:
             if not self.skip:
                 raise
-            return described(error)
+            return _reason(error)
 
 
 class BatchDataModule(lightning.LightningDataModule):
@@ -191,7 +191,7 @@ class StackModule(lightning.LightningModule):
             if not self.skip:
                 raise
             if len(shown) == 1:
-                return [_failed(shown[0][0], described(error))]
+                return [_failed(shown[0][0], _reason(error))]
         return [record for one in shown for record in self._answers(batch, [one])]
 
     def _answer(self, batch: Batch, shown: Sequence[tuple[Sample, list[Image]]]) -> list[SampleRecord]:
@@ -348,6 +348,11 @@ def _failed(sample: Sample, reason: str) -> SampleRecord:
     """Return the record of a sample that could not be answered."""
     asked = {name: getattr(sample, name) for name in ("id", "image_id", "task", "prompt")}
     return SampleRecord(**asked, meta=dict(sample.meta), text="", tokens=0, finished=False, error=reason)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a sample failed: the project's own messages say everything, others need their place."""
+    return " ".join(str(error).split()) if isinstance(error, MitigateError) else described(error)
 
 
 def _same(item: Any) -> Any:

@@ -4,20 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import mitigate.metrics
 import mitigate.runner
 from mitigate import __version__
 from mitigate.cli import main
 from mitigate.errors import DataError, HookError
+from mitigate.metrics.base import Interval
 from mitigate.records import RunRecord
 from mitigate.registry import methods
 
 pytestmark = pytest.mark.usefixtures("toys")
+
+UNDEFINED = Interval(nan, nan, nan)
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -33,7 +38,12 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
 
     def run(resolved: Any, run_dir: Path, *, console: Any) -> RunRecord:
         calls.append(("run", resolved, run_dir))
-        return RunRecord(status="finished", stack=resolved.stack_name)
+        metrics = {
+            "length": Interval(8.25, 7, 9),
+            "chair_s": Interval(0.5, 0.25, 1),
+            "chair_i": Interval(nan, nan, nan),
+        }
+        return RunRecord(status="finished", stack=resolved.stack_name, samples=1200, failures=3, metrics=metrics)
 
     def compare(resolved: Any, directory: Path, *, console: Any, command: str) -> None:
         calls.append(("compare", resolved, directory))
@@ -100,6 +110,13 @@ def test_run_starts_the_resolved_run_in_its_folder(capsys: pytest.CaptureFixture
     assert resolved.config["methods"]["toy"]["beta"] == 1.0
     assert folder == Path("here") / resolved.run_name
     assert str(folder / "record.json") in out
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["CHAIR_s", "50.00 %", "25.00 to 100.00"],
+        ["CHAIR_i", "–", ""],  # nothing to measure: no object was named
+        ["Length", "8.25 words", "7.00 to 9.00"],
+    ]
+    assert "toy: 1,200 samples of testbed, of which 3 failed" in " ".join(out.split())
 
 
 def test_a_sweep_gives_every_job_its_folder(capsys: pytest.CaptureFixture[str], started: list[Any]) -> None:
@@ -216,7 +233,7 @@ def test_list_shows_all_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found) == [*kinds, "trackers", "packages"]
     rows = [row for kind in kinds for row in found[kind] if row["name"] not in ("toy", "chooser")]
     assert {row["distribution"] for row in rows} == {"mitigate"}
-    assert {row["name"] for row in found["metrics"]} == {"chair", "pope"}
+    assert {row["name"] for row in found["metrics"]} == set(mitigate.metrics.BUILTIN)
     assert found["families"][0]["class"].startswith("mitigate.adapters.")
     assert {row["name"] for row in found["trackers"]} == {"none", "wandb"}
     stacks = {row["name"]: row["methods"] for row in found["stacks"]}
