@@ -74,7 +74,7 @@ def write_chair(root: Path, captions: int) -> None:
             {
                 "id": number * 5 + part,
                 "image_id": number,
-                "caption": f"a {rng.choice(THINGS)} and a {rng.choice(THINGS)}",
+                "caption": " ".join(f"{rng.choice(FILLERS)} a {rng.choice(THINGS)}" for _ in range(3)) + ".",
             }
             for number in ids
             for part in range(5)

@@ -289,7 +289,7 @@ class Amber(Scorer):
     def judged(self, sample: Sample | SampleRecord, text: str, benchmark: Benchmark) -> tuple[list[Noun], Judgement]:
         """Return the nouns of a caption that count, and what they amount to."""
         words = self.words()
-        found = [noun for noun in nouns(text) if noun.lemma in words.vocabulary]
+        found = list(nouns(text, words.vocabulary))
         truth, hallu = benchmark.truth(sample, "truth"), benchmark.truth(sample, "hallu")
         return found, judge([noun.lemma for noun in found], truth, hallu, words)
 
@@ -311,10 +311,9 @@ class Amber(Scorer):
         truth = benchmark.truth(record, "truth")
         if kind != "generative":
             return answer_counts(record.text, truth, str(kind), self.parser)
-        found = [noun.lemma for noun in nouns(record.text)]
-        return caption_counts(
-            found, truth, benchmark.truth(record, "hallu"), self.words(), length=len(record.text.split())
-        )
+        words = self.words()
+        found = [noun.lemma for noun in nouns(record.text, words.vocabulary)]
+        return caption_counts(found, truth, benchmark.truth(record, "hallu"), words, length=len(record.text.split()))
 
     def warnings(self, sums: Mapping[str, float]) -> list[str]:
         """Say where the numbers are not those of the official script, or would surprise."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from mitigate.data import read_document, read_lines, require_file
-from mitigate.errors import ConfigError, DataError
-from mitigate.metrics.lemmatizers import NLTK_DATA, locate
+from mitigate.errors import DataError
+from mitigate.metrics import english
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -190,40 +190,16 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 
 
 @lru_cache(maxsize=1 << 13)
-def nouns(text: str) -> tuple[Noun, ...]:
-    """Return the nouns of a text as AMBER finds them: nltk's tokens and tags, WordNet's base forms, case kept.
+def nouns(text: str, vocabulary: frozenset[str]) -> tuple[Noun, ...]:
+    """Return those nouns of a text that are in a vocabulary: nltk's tokens and tags, WordNet's base forms, case kept.
 
     Raises
     ------
-    ConfigError
-        If nltk is not installed.
-    DataError
-        If its data is not.
+    ConfigError, DataError
+        If nltk or its data is not installed.
     """
-    try:
-        import nltk
-    except ImportError:
-        raise ConfigError("captions of AMBER are scored with nltk: pip install 'mitigate[chair]'") from None
-    try:
-        tagged = nltk.pos_tag(nltk.word_tokenize(text))
-        found = [_lemma(word) if tag.startswith("NN") else None for word, tag in tagged]
-    except LookupError:
-        raise DataError(
-            "captions of AMBER are scored with data of nltk; get it with: python -m nltk.downloader "
-            + " ".join(NLTK_DATA)
-        ) from None
-    places = locate([word.lower() for word, _ in tagged], text)
-    return tuple(Noun(lemma, *place) for lemma, place in zip(found, places, strict=True) if lemma is not None)
-
-
-@cache
-def _lemmatizer() -> Any:
-    from nltk.stem import WordNetLemmatizer
-
-    return WordNetLemmatizer()
-
-
-@lru_cache(maxsize=1 << 16)
-def _lemma(word: str) -> str:
-    lemma: str = _lemmatizer().lemmatize(word)
-    return lemma
+    found = english.tokens(text)
+    lemmas = [english.base(token.text) for token in found]
+    known = [index for index, lemma in enumerate(lemmas) if lemma in vocabulary]
+    tags = english.tags([token.text for token in found], known)
+    return tuple(Noun(lemmas[index], *found[index][1:]) for index in known if tags[index].startswith("NN"))

@@ -190,7 +190,7 @@ class Chair(Scorer):
                 f"its caption cannot be read with {self.lemmatizer}"
             )
         reading = read(text, self.lemmatizer)
-        return _counts([mention.name for mention in reading.mentions], set(objects), len(reading.words))
+        return _counts([mention.name for mention in reading.mentions], set(objects), reading.length)
 
     def scored_text(self, record: SampleRecord) -> str:
         """Return the part of an answer that is scored."""

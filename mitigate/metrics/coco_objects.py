@@ -8,7 +8,7 @@ and every word that is in the list of synonyms is a mention of an object, as oft
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from mitigate.metrics.lemmatizers import lemmatize, tables
@@ -29,9 +29,9 @@ class Mention:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a caption says: its lemmas after merging, and the objects it names in order, repetitions kept."""
+    """What a caption says: how many words it has after merging, and the objects it names in order, repetitions kept."""
 
-    words: tuple[str, ...]
+    length: int
     mentions: tuple[Mention, ...]
 
 
@@ -45,13 +45,23 @@ class Vocabulary:
         Word, or merged words -> object.
     merged
         Words joined by a space -> the one word they are taken for.
-    longest
-        Most words that are merged into one.
     """
 
     objects: Mapping[str, str]
     merged: Mapping[str, str]
-    longest: int
+
+    @cached_property
+    def longest(self) -> Mapping[str, int]:
+        """First of the words that are merged into one -> how many they are at most."""
+        found: dict[str, int] = {}
+        for words in map(str.split, self.merged):
+            found[words[0]] = max(found.get(words[0], 0), len(words))
+        return found
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """All single words that can matter."""
+        return frozenset(word for words in (*self.objects, *self.merged) for word in words.split())
 
 
 @cache
@@ -71,7 +81,7 @@ def vocabulary(complete: bool = False) -> Vocabulary:
         merged = {word: word for word in objects if " " in word} | merged
     else:
         objects = {word: name for word, name in objects.items() if word not in data["unreachable"]}
-    return Vocabulary(objects, merged, longest=max(words.count(" ") + 1 for words in merged))
+    return Vocabulary(objects, merged)
 
 
 @cache
@@ -93,7 +103,7 @@ def merge(lemmas: Sequence[Token], known: Vocabulary) -> list[Token]:
     """Merge words that are one, from left to right, the longest first."""
     merged, index = [], 0
     while index < len(lemmas):
-        for length in range(min(known.longest, len(lemmas) - index), 1, -1):
+        for length in range(known.longest.get(lemmas[index].text, 1), 1, -1):
             whole = known.merged.get(" ".join(token.text for token in lemmas[index : index + length]))
             if whole is not None:
                 merged.append(Token(whole, lemmas[index].start, lemmas[index + length - 1].end))
@@ -108,11 +118,11 @@ def merge(lemmas: Sequence[Token], known: Vocabulary) -> list[Token]:
 def find(lemmas: Sequence[Token], known: Vocabulary) -> Reading:
     """Find the objects that lemmas name."""
     merged = merge(lemmas, known)
-    words = tuple(token.text for token in merged)
+    named = [token for token in merged if token.text in known.objects]
     # "The seat of the toilet is up" names no chair; the rule looks at the whole caption, as it does officially.
-    passed = {"seat"} if "toilet" in words else set()
-    named = [token for token in merged if token.text in known.objects and token.text not in passed]
-    return Reading(words, tuple(Mention(known.objects[token.text], token.start, token.end) for token in named))
+    if any(token.text == "toilet" for token in named):
+        named = [token for token in named if token.text != "seat"]
+    return Reading(len(merged), tuple(Mention(known.objects[token.text], token.start, token.end) for token in named))
 
 
 @lru_cache(maxsize=1 << 17)
@@ -135,4 +145,5 @@ def read(text: str, lemmatizer: str) -> Reading:
     DataError
         If nltk's data is not installed.
     """
-    return find(lemmatize(text, lemmatizer), vocabulary(complete=lemmatizer == "closed"))
+    known = vocabulary(complete=lemmatizer == "closed")
+    return find(lemmatize(text, lemmatizer, known.parts), known)

@@ -17,23 +17,32 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mitigate.errors import ConfigError, DataError
+from mitigate.errors import ConfigError
+from mitigate.metrics import english
 from mitigate.metrics.words import Token, tokenize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
 LEMMATIZERS: Final = ("wordnet", "pattern", "closed")
-NLTK_DATA: Final = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
 
 _TABLES: Final = Path(__file__).with_name("coco_objects.json")
-_QUOTES: Final = {"``": '"', "''": '"'}
 #: First letter of a Penn Treebank tag -> WordNet's part of speech; anything else is taken for a noun.
 _PARTS: Final = {"J": "a", "V": "v", "N": "n", "R": "r"}
 
 
-def lemmatize(text: str, lemmatizer: str) -> list[Token]:
+def lemmatize(text: str, lemmatizer: str, matter: Set[str] | None = None) -> list[Token]:
     """Cut a text into tokens, with the lemma in place of each token's text.
+
+    Parameters
+    ----------
+    text
+        Any text.
+    lemmatizer
+        One of `LEMMATIZERS`.
+    matter
+        The lemmas of interest. A word that has none of them may get any of its base forms, which saves most of the time
+        of ``wordnet``.
 
     Raises
     ------
@@ -43,7 +52,7 @@ def lemmatize(text: str, lemmatizer: str) -> list[Token]:
         If nltk's data is not installed.
     """
     if lemmatizer == "wordnet":
-        return _wordnet(text)
+        return _wordnet(text, matter)
     if lemmatizer not in LEMMATIZERS:
         raise ConfigError(f"unknown lemmatizer {lemmatizer!r}; it must be one of {', '.join(LEMMATIZERS)}")
     forms: Mapping[str, str] = tables()[lemmatizer]
@@ -57,59 +66,28 @@ def tables() -> dict[str, Any]:
     return data
 
 
-def _wordnet(text: str) -> list[Token]:
-    try:
-        import nltk
-    except ImportError:
-        raise ConfigError(
-            "benchmark.lemmatizer=wordnet needs nltk: pip install 'mitigate[chair]'; closed and pattern need nothing"
-        ) from None
-    try:
-        words = nltk.word_tokenize(text.lower())
-        tags = [tag for _, tag in nltk.pos_tag(words)]
-        lemmas = [_lemma(word, _PARTS.get(tag[0], "n")) for word, tag in zip(words, tags, strict=True)]
-    except LookupError:
-        raise DataError(
-            "benchmark.lemmatizer=wordnet needs data of nltk; get it with: python -m nltk.downloader "
-            + " ".join(NLTK_DATA)
-        ) from None
-    places = locate(words, text)
-    return [Token(lemma, start, end) for lemma, (start, end) in zip(lemmas, places, strict=True)]
+def _wordnet(text: str, matter: Set[str] | None) -> list[Token]:
+    lower = text.lower()
+    found = english.tokens(lower)
+    words = [token.text for token in found]
+    unclear = [index for index, word in enumerate(words) if _is_unclear(word, matter)]
+    lemmas = [english.base(word) for word in words]
+    for index, tag in english.tags(words, unclear).items():
+        lemmas[index] = english.base(words[index], _PARTS.get(tag[0], "n"))
+    origin: Sequence[int] = range(len(text))
+    if len(lower) != len(text):  # a capital may be more than one character in lower case
+        origin = [index for index, sign in enumerate(text) for _ in sign.lower()]
+    return [
+        Token(lemma, origin[start], origin[end - 1] + 1) for lemma, (_, start, end) in zip(lemmas, found, strict=True)
+    ]
 
 
-@cache
-def _wordnet_forms() -> Any:
-    from nltk.stem import WordNetLemmatizer
-
-    return WordNetLemmatizer()
+def _is_unclear(word: str, matter: Set[str] | None) -> bool:
+    """Whether the part of speech decides which lemma a word has, and that matters."""
+    forms = _forms(word)
+    return len(forms) > 1 and (matter is None or not matter.isdisjoint(forms))
 
 
 @lru_cache(maxsize=1 << 16)
-def _lemma(word: str, part: str) -> str:
-    lemma: str = _wordnet_forms().lemmatize(word, part)
-    return lemma
-
-
-def locate(words: Sequence[str], text: str) -> list[tuple[int, int]]:
-    """Return where each token of ``text.lower()`` stands in the text; quotes may have been rewritten.
-
-    Raises
-    ------
-    DataError
-        If a token is not in the text behind the one before it.
-    """
-    lower = text.lower()
-    # A capital may be more than one character in lower case; then count which character each came from.
-    origin = None if len(lower) == len(text) else [index for index, sign in enumerate(text) for _ in sign.lower()]
-    places, behind = [], 0
-    for word in words:
-        found = [
-            (start, start + len(form))
-            for form in (word, _QUOTES.get(word, word))
-            if (start := lower.find(form, behind)) >= 0
-        ]
-        if not found:
-            raise DataError(f"the token {word!r} is not in the caption {text!r:.80}")
-        start, behind = min(found)
-        places.append((start, behind) if origin is None else (origin[start], origin[behind - 1] + 1))
-    return places
+def _forms(word: str) -> frozenset[str]:
+    return frozenset(english.base(word, part) for part in _PARTS.values())

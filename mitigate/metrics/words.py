@@ -31,7 +31,8 @@ _SIGN: Final = re.compile(r"`+|''|\.{2,}|--|[\"«»“”‘’„;@#$%&?!*\[\](
 _STOP: Final = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’]*\Z)")
 _CLITIC: Final = re.compile(r"(?<=[^'])('s|'m|'d|'ll|'re|'ve|n't|')\Z", re.IGNORECASE)
 _OPENING_QUOTE: Final = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
-_SPLITS: Final = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3}
+#: Words that are two tokens; the first is of three letters.
+SPLITS: Final = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
 _ABBREVIATIONS: Final = frozenset(
     ("co", "corp", "dr", "inc", "jr", "ltd", "mr", "mrs", "ms", "mt", "prof", "rev", "sr", "st", "vs")
 )
@@ -43,7 +44,7 @@ def tokenize(text: str) -> list[Token]:
     tokens: list[Token] = []
     for chunk in _CHUNK.finditer(text):
         word = chunk.group()
-        if word.isalpha() and word.lower() not in _SPLITS:  # nine of ten: nothing to cut
+        if word.isalpha() and word.lower() not in SPLITS:  # nine of ten: nothing to cut
             tokens.append(Token(word.lower(), *chunk.span()))
         else:
             tokens.extend(_cut(word, chunk.start(), end))
@@ -68,8 +69,8 @@ def _cut_word(word: str, offset: int) -> Iterator[Token]:
     cuts = {0, len(word), *(place for quote in _OPENING_QUOTE.finditer(word) for place in quote.span())}
     if clitic := _CLITIC.search(word):
         cuts.add(clitic.start())
-    if place := _SPLITS.get(word.lower()):
-        cuts.add(place)
+    if word.lower() in SPLITS:
+        cuts.add(3)
     places = sorted(cuts)
     for start, end in pairwise(places):
         yield Token(word[start:end].lower(), offset + start, offset + end)

@@ -27,8 +27,9 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def amber(data: Path, monkeypatch: pytest.MonkeyPatch) -> Amber:
-    def nouns(text: str) -> tuple[Noun, ...]:  # all words, in place of nltk
-        return tuple(Noun(found.group(), found.start(), found.end()) for found in re.finditer(r"\w+", text))
+    def nouns(text: str, vocabulary: frozenset[str]) -> tuple[Noun, ...]:  # all words, in place of nltk
+        found = (Noun(word.group(), word.start(), word.end()) for word in re.finditer(r"\w+", text))
+        return tuple(noun for noun in found if noun.lemma in vocabulary)
 
     monkeypatch.setattr(metric, "nouns", nouns)
     return Amber(data_dir=str(data.parent))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mitigate.errors import ConfigError, DataError
-from mitigate.metrics import amber_words
+from mitigate.metrics import english
 from mitigate.metrics.amber import (
     KINDS,
     TASKS,
@@ -27,6 +26,7 @@ from mitigate.metrics.amber import (
 from mitigate.metrics.amber_words import WordLists, judge, nouns, read_words
 from mitigate.metrics.base import ImageCounts, values
 from tests.benchmarks.official_amber import RELATION, SAFE
+from tests.metrics.test_lemmatizers import needs_nltk_data
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "amber.json").read_text("utf-8"))
 #: Of the official lists, what the captions of the vectors need.
@@ -364,41 +364,22 @@ def test_without_files_the_remedy_is_named(tmp_path: Path) -> None:
 # --- nouns ------------------------------------------------------------------------------------------------------------
 
 
-class FakeNltk:
-    """Stands in for nltk: the tokens are the words, nouns those it is told."""
-
-    def __init__(self, tags: dict[str, str]) -> None:
-        self.tags = tags
-
-    def word_tokenize(self, text: str) -> list[str]:
-        return text.replace(".", " .").split()
-
-    def pos_tag(self, words: list[str]) -> list[tuple[str, str]]:
-        return [(word, self.tags.get(word, "X")) for word in words]
-
-
 def test_nouns_keep_their_case_and_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = {"Dogs": "NNS", "dogs": "NNS", "run": "VB", "Rome": "NNP", "red": "JJ"}
-    monkeypatch.setitem(sys.modules, "nltk", FakeNltk(tags))
-    monkeypatch.setattr(amber_words, "_lemma", {"Dogs": "Dogs", "dogs": "dog", "Rome": "Rome"}.__getitem__)
+    text = "Dogs run, red dogs. Rome dogs"
+    tagged = ["NNS", "VB", ",", "JJ", "NNS", ".", "NNP", "VB"]
+    words = ["Dogs", "run", ",", "red", "dogs", ".", "Rome", "dogs"]
+    monkeypatch.setattr(english, "tokens", lambda text: english.locate(words, text))
+    monkeypatch.setattr(english, "base", lambda word: {"dogs": "dog"}.get(word, word))
+    monkeypatch.setattr(english, "tags", lambda words, wanted: {index: tagged[index] for index in wanted})
     nouns.cache_clear()
-    text = "Dogs run, red dogs. Rome"
-    found = nouns(text)
-    assert [noun.lemma for noun in found] == ["Dogs", "dog", "Rome"]
-    assert [text[noun.start : noun.end] for noun in found] == ["Dogs", "dogs", "Rome"]
+    found = nouns(text, frozenset({"Dogs", "dog", "red"}))
+    assert [noun.lemma for noun in found] == ["Dogs", "dog"]
+    assert [text[noun.start : noun.end] for noun in found] == ["Dogs", "dogs"]
     nouns.cache_clear()
 
 
-def test_without_nltk_or_its_data_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    nouns.cache_clear()
-    monkeypatch.setitem(sys.modules, "nltk", None)
-    with pytest.raises(ConfigError, match=r"pip install 'mitigate\[chair\]'"):
-        nouns("a dog")
-
-    class NoData(FakeNltk):
-        def word_tokenize(self, text: str) -> list[str]:
-            raise LookupError("punkt_tab")
-
-    monkeypatch.setitem(sys.modules, "nltk", NoData({}))
-    with pytest.raises(DataError, match=r"nltk\.downloader punkt_tab"):
-        nouns("a dog")
+@needs_nltk_data
+def test_nouns_of_the_vectors() -> None:
+    for case in VECTORS["captions"]:
+        words = frozenset({*case["nouns"], "walking", "run", "chases"})
+        assert [noun.lemma for noun in nouns(case["response"], words)] == case["nouns"]
