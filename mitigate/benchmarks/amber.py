@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind
+from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind, whole
 from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import AMBER
 from mitigate.errors import DataError
@@ -64,11 +64,9 @@ class Amber(Benchmark):
         """Check the parameters; tasks may come as a list."""
         object.__setattr__(self, "tasks", tuple(self.tasks))
         super().__post_init__()
-        known = bool(self.tasks) and set(self.tasks) <= set(TASKS) and len(set(self.tasks)) == len(self.tasks)
-        self.require(known, "tasks", f"list some of {', '.join(TASKS)}, each once")
+        self.require_some_of(TASKS, "tasks")
         self.require(self.parser in PARSERS, "parser", f"be one of {', '.join(PARSERS)}")
-        self.require("{question}" in self.prompt, "prompt", "contain {question}")
-        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+        self.require_question(self.prompt, self.answer_tokens)
 
     def samples(self) -> list[Sample]:
         """Return captions and questions in the order of the files.
@@ -167,8 +165,7 @@ class Amber(Benchmark):
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark the nouns that count as right or hallucinated; a wrong yes/no reply is hallucinated as a whole."""
         if sample.task == "yes_no":
-            right = read_answer(text, self.parser) == self.truth(sample, "truth")
-            return [Span(text, "correct" if right else "hallucinated")] if text else []
+            return whole(text, read_answer(text, self.parser) == self.truth(sample, "truth"))
         spans, end = [], 0
         found, judgement = self._scorer().judged(sample, text, self)
         for noun, kind in zip(found, judgement.kinds, strict=True):

@@ -59,6 +59,11 @@ class Span:
     kind: SpanKind = "plain"
 
 
+def whole(text: str, right: bool) -> list[Span]:
+    """Mark a reply as right or hallucinated as a whole; an empty one has nothing to mark."""
+    return [Span(text, "correct" if right else "hallucinated")] if text else []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """Base class of every benchmark: a frozen dataclass of plain parameters.
@@ -327,6 +332,17 @@ class Benchmark:
         if not condition:
             shown = json.dumps(getattr(self, parameter), default=str)
             raise ConfigError(f"benchmark.{parameter}={shown} must {must}")
+
+    def require_some_of(self, known: Sequence[str], parameter: str) -> None:
+        """Raise a `ConfigError` unless the parameter lists some of the known names, each once."""
+        chosen = getattr(self, parameter)
+        fits = bool(chosen) and set(chosen) <= set(known) and len(set(chosen)) == len(chosen)
+        self.require(fits, parameter, f"list some of {', '.join(known)}, each once")
+
+    def require_question(self, prompt: str, answer_tokens: int | None) -> None:
+        """Raise a `ConfigError` unless ``prompt`` has a place for the question and ``answer_tokens`` allows a reply."""
+        self.require("{question}" in prompt, "prompt", "contain {question}")
+        self.require(answer_tokens is None or answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
 
 
 def check_samples(samples: Sequence[Sample]) -> None:

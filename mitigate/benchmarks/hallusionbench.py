@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span
+from mitigate.benchmarks.base import Benchmark, Sample, Span, whole
 from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import HALLUSIONBENCH
 from mitigate.errors import DataError
@@ -84,8 +84,7 @@ class HallusionBench(Benchmark):
         """Check the parameters."""
         super().__post_init__()
         self.require(self.grader in GRADERS, "grader", f"be one of {', '.join(GRADERS)}")
-        self.require("{question}" in self.prompt, "prompt", "contain {question}")
-        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+        self.require_question(self.prompt, self.answer_tokens)
         self.require(self.judge_retries >= 0, "judge_retries", "not be negative")
         if self.grader == "judge":
             judge_of(self)  # before anything runs
@@ -188,8 +187,7 @@ class HallusionBench(Benchmark):
         """Mark the whole reply as right or wrong; leave it plain where a judge has not said anything yet."""
         if self.grader == "judge" and "judge_reply" not in sample.meta:
             return super().marked(sample, text)
-        right = is_right(sample.meta, text, self.grader)
-        return [Span(text, "correct" if right else "hallucinated")] if text else []
+        return whole(text, is_right(sample.meta, text, self.grader))
 
 
 def _set(sample: Sample | SampleRecord) -> str:

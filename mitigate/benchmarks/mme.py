@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span
+from mitigate.benchmarks.base import Benchmark, Sample, Span, whole
 from mitigate.data import Source, data_folder, read_lines, require_file
 from mitigate.data.catalogue import MME
 from mitigate.errors import DataError
@@ -53,10 +53,8 @@ class Mme(Benchmark):
         """Check the parameters; tasks may come as a list."""
         object.__setattr__(self, "tasks", tuple(self.tasks))
         super().__post_init__()
-        known = bool(self.tasks) and set(self.tasks) <= set(TASKS) and len(set(self.tasks)) == len(self.tasks)
-        self.require(known, "tasks", f"list some of {', '.join(TASKS)}, each once")
-        self.require("{question}" in self.prompt, "prompt", "contain {question}")
-        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+        self.require_some_of(TASKS, "tasks")
+        self.require_question(self.prompt, self.answer_tokens)
 
     def samples(self) -> list[Sample]:
         """Return the questions task by task, in the order of their files."""
@@ -124,8 +122,7 @@ class Mme(Benchmark):
 
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark the whole reply as right or wrong."""
-        right = parse(text) == self.truth(sample, "label")
-        return [Span(text, "correct" if right else "hallucinated")] if text else []
+        return whole(text, parse(text) == self.truth(sample, "label"))
 
 
 def _row(line: str, where: str) -> tuple[str, str, str]:

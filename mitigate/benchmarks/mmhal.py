@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span
+from mitigate.benchmarks.base import Benchmark, Sample, Span, whole
 from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import MMHAL
 from mitigate.errors import ConfigError, DataError
@@ -75,8 +75,7 @@ class Mmhal(Benchmark):
         super().__post_init__()
         judge_of(self)
         self._template()
-        self.require("{question}" in self.prompt, "prompt", "contain {question}")
-        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+        self.require_question(self.prompt, self.answer_tokens)
 
     def samples(self) -> list[Sample]:
         """Return the questions in the order of the file.
@@ -181,6 +180,4 @@ class Mmhal(Benchmark):
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark an answer as a whole, once it is judged: nobody says which part is hallucinated."""
         reply = sample.meta.get("judge_reply")
-        if not text or reply is None:
-            return super().marked(sample, text)
-        return [Span(text, "correct" if rating(reply) >= CLEAN else "hallucinated")]
+        return super().marked(sample, text) if reply is None else whole(text, rating(reply) >= CLEAN)

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Sample, Span
+from mitigate.benchmarks.base import Benchmark, Sample, Span, whole
 from mitigate.data import Source, data_folder, read_rows, require_file
 from mitigate.data.catalogue import POPE
 from mitigate.errors import DataError
@@ -72,11 +72,9 @@ class Pope(Benchmark):
         object.__setattr__(self, "splits", tuple(self.splits))
         super().__post_init__()
         self.require(self.dataset in _FILES, "dataset", f"be one of {', '.join(_FILES)}")
-        known = bool(self.splits) and set(self.splits) <= set(SPLITS) and len(set(self.splits)) == len(self.splits)
-        self.require(known, "splits", f"list some of {', '.join(SPLITS)}, each once")
+        self.require_some_of(SPLITS, "splits")
         self.require(self.parser in PARSERS, "parser", f"be one of {', '.join(PARSERS)}")
-        self.require("{question}" in self.prompt, "prompt", "contain {question}")
-        self.require(self.answer_tokens is None or self.answer_tokens >= 1, "answer_tokens", "be at least 1, or null")
+        self.require_question(self.prompt, self.answer_tokens)
 
     def samples(self) -> list[Sample]:
         """Return the questions split by split, in the order of their files."""
@@ -142,7 +140,7 @@ class Pope(Benchmark):
 
     def marked(self, sample: Sample | SampleRecord, text: str) -> list[Span]:
         """Mark the whole reply as right or wrong."""
-        return [Span(text, "correct" if self._right(sample, text) else "hallucinated")] if text else []
+        return whole(text, self._right(sample, text))
 
     def _right(self, sample: Sample | SampleRecord, text: str) -> bool:
         label = self.truth(sample, "label")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from mitigate.benchmarks.base import Benchmark, Box, Sample, Span, SpanKind
+from mitigate.benchmarks.base import Benchmark, Box, Sample, Span, SpanKind, whole
 from mitigate.errors import DataError
 from mitigate.metrics.chair import mentions
 from mitigate.metrics.pope import PARSERS, SPLITS, parse
@@ -61,8 +61,7 @@ class Testbed(Benchmark):
         super().__post_init__()
         self.require(self.split in ("test", "validation"), "split", "be test or validation")
         self.require(self.parser in PARSERS, "parser", f"be one of {', '.join(PARSERS)}")
-        known = bool(self.tasks) and set(self.tasks) <= set(TASKS) and len(set(self.tasks)) == len(self.tasks)
-        self.require(known, "tasks", f"list some of {', '.join(TASKS)}, each once")
+        self.require_some_of(TASKS, "tasks")
 
     def samples(self) -> list[Sample]:
         """Return captions and questions scene by scene."""
@@ -137,7 +136,7 @@ class Testbed(Benchmark):
         from mitigate.testbed.language import OBJECT_WORDS
 
         if sample.task == "yes_no":
-            return [Span(text, "correct" if self._right(sample, text) else "hallucinated")] if text else []
+            return whole(text, self._right(sample, text))
         spans, end = [], 0
         for mention in mentions(text, OBJECT_WORDS):
             kind: SpanKind = "correct" if mention.name in self.truth(sample, "objects") else "hallucinated"
