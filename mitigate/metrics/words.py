@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Token(NamedTuple):
-    """A word or sign, in lower case, and where it stands: ``text[start:end]``."""
+    """A word or sign as it counts, and where it stands: ``text[start:end]``."""
 
     text: str
     start: int
@@ -27,8 +27,8 @@ class Token(NamedTuple):
 _CHUNK: Final = re.compile(r"\S+")
 #: What is a token wherever it stands. A comma or colon inside a number is not.
 _SIGN: Final = re.compile(r"`+|''|\.{2,}|--|[\"«»“”‘’„;@#$%&?!*\[\](){}<>\u2012-\u2015]|[:,](?!\d)")
-#: A full stop at the end of a chunk, and the quotes and brackets that may close behind it.
-_STOP: Final = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’]*\Z)")
+#: A full stop at the end of a chunk, whatever closes behind it, or before a sign that cannot continue a word.
+_STOP: Final = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’]*\Z|[?!)\";}\]*:@'({\[«»“”‘’])")
 _CLITIC: Final = re.compile(r"(?<=[^'])('s|'m|'d|'ll|'re|'ve|n't|')\Z", re.IGNORECASE)
 _OPENING_QUOTE: Final = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
 #: Words that are two tokens; the first is of three letters.
@@ -56,9 +56,9 @@ def _cut(chunk: str, offset: int, length: int) -> Iterator[Token]:
     cuts = {0, len(chunk)}
     for sign in _SIGN.finditer(chunk):
         cuts |= set(sign.span())
-    stop = _STOP.search(chunk)
-    if stop and (offset + len(chunk) == length or not _is_abbreviation(chunk[: stop.start()])):
-        cuts |= set(stop.span())
+    for stop in _STOP.finditer(chunk):
+        if offset + len(chunk) == length or not _is_abbreviation(chunk[: stop.start()]):
+            cuts |= set(stop.span())
     places = sorted(cuts)
     for start, end in pairwise(places):
         yield from _cut_word(chunk[start:end], offset + start)

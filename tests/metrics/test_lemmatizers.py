@@ -75,6 +75,15 @@ def test_words_stand_where_they_say(text: str) -> None:
 def test_a_full_stop_ends_every_sentence_but_no_abbreviation() -> None:
     words = [token.text for token in tokenize("A dog. Two cats.\n\nDr. Who in the U.S. army. End.")]
     assert words == ["a", "dog", ".", "two", "cats", ".", "dr.", "who", "in", "the", "u.s.", "army", ".", "end", "."]
+    # Also where no white space follows, if a sign does that cannot continue a word; this is what nltk makes of them.
+    for text, expected in (
+        ("A dog.)cats", "a dog . ) cats"),
+        ("dogs.”Two ’cats.'x", "dogs . ” two ’ cats . ' x"),
+        ("**dog.** x", "* * dog . * * x"),
+        ("dog.;cat.?bus.'s car", "dog . ; cat . ? bus . 's car"),
+        ("dog.—cat dog.-cat dog.cat", "dog. — cat dog.-cat dog.cat"),
+    ):
+        assert " ".join(token.text for token in tokenize(text)) == expected
 
 
 # --- lemmas of the table ----------------------------------------------------------------------------------------------
