@@ -197,6 +197,7 @@ def _answer_metrics(name: str, title: str, kinds: Sequence[str], *, start: float
             compute=compute(statistic),
             higher_is_better=True,
             empty=0.0,
+            detail=statistic in (precision, recall),
         )
         for statistic, label in ((accuracy, "accuracy"), (precision, "precision"), (recall, "recall"), (f1, "F1"))
     ]

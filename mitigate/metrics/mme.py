@@ -98,8 +98,8 @@ def _task_metrics(task: str) -> list[Metric]:
             percent=False,
             unit="points",
         ),
-        ratio(f"mme/{task}/acc", f"MME {task} acc", correct, questions, higher_is_better=True),
-        ratio(f"mme/{task}/acc_plus", f"MME {task} acc+", both, pictures, higher_is_better=True),
+        ratio(f"mme/{task}/acc", f"MME {task} acc", correct, questions, higher_is_better=True, detail=True),
+        ratio(f"mme/{task}/acc_plus", f"MME {task} acc+", both, pictures, higher_is_better=True, detail=True),
     ]
 
 
