@@ -90,7 +90,7 @@ def upload(arguments: Sequence[str], console: Console) -> int:
 
     complete, force = True, "--force" in flags
     for target, tracker in zip(targets, trackers, strict=True):
-        with claim(target.directory):
+        with claim(target.directory, given=True):
             done = track(
                 tracker,
                 target.comparison,
@@ -176,6 +176,7 @@ def _single(run: StoredRun) -> Target:
 
 def _comparison(directory: Path, runs: Sequence[StoredRun]) -> Mapping[str, Any]:
     """Return the comparison of a folder as it was written, or made anew where it is not of these runs."""
+    from mitigate.runner.comparable import check_comparable
     from mitigate.runner.results import FORMAT, summarise
     from mitigate.runner.standalone import notes_of
 
@@ -187,6 +188,7 @@ def _comparison(directory: Path, runs: Sequence[StoredRun]) -> Mapping[str, Any]
             stack: data["record"]["created_at"] for stack, data in found["stacks"].items()
         }:
             return found
+    check_comparable(runs)
     return summarise(directory.resolve().name, runs, notes=notes_of(runs))
 
 

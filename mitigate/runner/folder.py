@@ -16,7 +16,7 @@ _OPEN: set[int] = set()
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim(directory: Path, *, given: bool = False) -> Iterator[None]:
     """Make a folder, see that it can be written, and keep other processes out of it.
 
     The lock is the operating system's: it ends with the process, however that ends. Processes that help this one
@@ -26,12 +26,16 @@ def claim(directory: Path) -> Iterator[None]:
     ----------
     directory
         Folder of the run or comparison.
+    given
+        Whether it lies there already, so that another name is no remedy.
 
     Raises
     ------
     ConfigError
         If it cannot be made or written, or another process works in it.
     """
+    busy = "wait for it" if given else "wait for it, or give this run its own name (name=...)"
+    elsewhere = "copy it to where you may write" if given else "choose another folder (runs_dir=...) or name (name=...)"
     missing = [path for path in (directory, *directory.parents) if not _exists(path)]
     handle: int | None = None
     try:
@@ -39,14 +43,9 @@ def claim(directory: Path) -> Iterator[None]:
             directory.mkdir(parents=True, exist_ok=True)
             handle = _lock(directory / LOCK)
         except BlockingIOError:
-            raise ConfigError(
-                f"another process is working in {directory}; wait for it, or give this run its own name (name=...)"
-            ) from None
+            raise ConfigError(f"another process is working in {directory}; {busy}") from None
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to {directory}: {error.strerror or error}; "
-                "choose another folder (runs_dir=...) or name (name=...)"
-            ) from None
+            raise ConfigError(f"cannot write to {directory}: {error.strerror or error}; {elsewhere}") from None
         yield
     finally:
         if handle is not None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from mitigate.cli import main
 from mitigate.registry import benchmarks, trackers
 from mitigate.runner import compare, run
+from mitigate.runner.folder import claim
 from mitigate.trackers.base import TrackedRun, Tracker
 from tests.runner.fake_world import FakeBenchmark, FakeLoaded, install, resolved
 
@@ -171,6 +172,24 @@ def test_a_comparison_that_is_not_of_these_runs_is_made_anew(runs: Path) -> None
     path.write_text(json.dumps(data))
     assert upload(runs / "seed-0") == 0
     assert Kept.runs[1]["metrics"]["chair_i"] != 0.123
+
+
+def test_what_lies_together_but_cannot_be_compared_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(runs / "seed-0" / "turned")
+    shutil.copytree(runs / "single", runs / "seed-0" / "turned")
+    assert upload(runs / "seed-0") == 2
+    assert re.search(r"cannot be compared.*decoding\.do_sample", capsys.readouterr().err)
+    assert Kept.runs == []
+
+
+def test_a_folder_that_cannot_be_had_is_left_alone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claim(runs / "single"):
+        assert upload(runs / "single") == 2
+    assert capsys.readouterr().err.endswith("single; wait for it\n")  # another name is no remedy here
+    (runs / "single" / ".lock").mkdir()
+    assert upload(runs / "single") == 2
+    assert capsys.readouterr().err.endswith("Is a directory; copy it to where you may write\n")
+    assert Kept.runs == []
 
 
 def test_pictures_that_are_not_here_are_left_out_and_counted(
