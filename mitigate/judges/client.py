@@ -121,9 +121,14 @@ class Judge:
             raise ConfigError(
                 "a judge is asked through the package openai, which is not installed: pip install 'mitigate[judge]'"
             ) from None
+        if not (self._key.isascii() and self._key.isprintable()):  # it could not be sent, and the reason would quote it
+            raise ConfigError(f"{self}: the key in the environment variable {self.key_env} must be plain letters")
         # The client wants some key; a server that needs none ignores it.
-        key = os.environ.get(self.key_env) or "none"
-        return OpenAI(base_url=self.url, api_key=key, max_retries=self.retries, timeout=self.timeout)
+        return OpenAI(base_url=self.url, api_key=self._key or "none", max_retries=self.retries, timeout=self.timeout)
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "").strip()  # files often end in a line end
 
     def _read(self, found: Any) -> Reply:
         # Servers differ, and the client does not check what it is sent: every part may be missing or of another kind.
@@ -141,7 +146,7 @@ class Judge:
     def _refused(self, error: APIStatusError) -> MitigateError:
         status = error.status_code
         if status in (401, 403):  # what the server says is not shown: it may quote the key
-            state = "the key in it was refused" if os.environ.get(self.key_env) else "which is not set"
+            state = "the key in it was refused" if self._key else "which is not set"
             return ConfigError(
                 f"{self} refused access (HTTP {status}); it needs a key in the environment variable "
                 f"{self.key_env}: {state}"
@@ -160,8 +165,7 @@ class Judge:
         body = error.body
         message = body.get("message") if isinstance(body, dict) else None
         text = " ".join(str(message or error.message).split())[:200]
-        key = os.environ.get(self.key_env)
-        return text.replace(key, "***") if key else text
+        return text.replace(self._key, "***") if self._key else text
 
     def _silent(self, error: OpenAIError | ValueError) -> DataError:
         import openai

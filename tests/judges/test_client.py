@@ -120,6 +120,19 @@ def test_what_no_retry_can_mend_is_an_error_at_once(status: int, kind: type[Miti
     assert server.url in str(caught.value)
 
 
+def test_a_key_is_sent_without_the_line_end_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\r\n")
+    with endpoint(lambda *_: said("yes")) as server:
+        assert judge(server.url).ask(QUESTION) == "yes"
+        assert server.requests[0].key == f"Bearer {KEY}"
+        for broken in (f"{KEY}\nx", f"{KEY}\u00e9"):
+            monkeypatch.setenv("JUDGE_KEY", broken)
+            with pytest.raises(ConfigError, match="JUDGE_KEY must be plain letters") as caught:
+                judge(server.url).ask(QUESTION)
+            assert KEY not in str(caught.value)
+    assert len(server.requests) == 1
+
+
 def test_a_key_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
     with endpoint(lambda *_: failure(401)) as server, pytest.raises(ConfigError, match="JUDGE_KEY: which is not set"):
