@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, DataError
 from mitigate.registry import trackers
-from mitigate.trackers import BUILTIN
+from mitigate.trackers import BUILTIN, wandb
 from mitigate.trackers.base import TrackedRun, Tracker
 from tests.trackers.reading import read_back, read_run
 
@@ -22,10 +22,13 @@ OFFLINE = {"name": "wandb", "mode": "offline", "project": "test", "entity": None
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracker = trackers().get("wandb")(OFFLINE, tmp_path)
-    tracker.start(TrackedRun(name="first", group="comparison", config={"seed": 3, "methods": {}}, notes="a test bench"))
+    tracker = trackers().get("wandb")({**OFFLINE, "entity": "team"}, tmp_path)
+    config = {"seed": 3, "methods": {}}
+    tracker.start(TrackedRun(name="first", group="comparison", config=config, notes="a test bench", tags=("b",)))
     tracker.log({"pope/random/f1": 0.5, "pope/random/f1/low": 0.25})
     tracker.table("samples", ["picture", "reply"], [[Image.new("RGB", (8, 8)), "a <cat>"]])
+    (tmp_path / "note.json").write_text("{}")
+    tracker.artifact("notes", "records", {"seed-3/here.json": tmp_path / "note.json"})
     place = tracker.finish()
     assert place is not None
     return Path(place)
@@ -37,7 +40,8 @@ def test_an_offline_run_holds_group_config_summary_and_samples(offline: Path, tm
     records = read_back(offline)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.run_group, run.display_name, run.project) == ("comparison", "first", "test")
-    assert (run.notes, list(run.tags)) == ("a test bench", ["a"])
+    assert (run.entity, run.notes, list(run.tags)) == ("team", "a test bench", ["a", "b"])
+    assert list(read_run(offline).artifact("records")) == ["seed-3/here.json"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["seed"] == 3
     summary = {
@@ -79,6 +83,19 @@ def test_a_failed_run_is_closed_as_failed(tmp_path: Path) -> None:
     place = tracker.finish(failed=True)
     exits = [r.exit.exit_code for r in read_back(Path(place)) if r.WhichOneof("record_type") == "exit"]
     assert exits == [1]
+
+
+def test_an_offline_run_that_was_not_written_whole_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    seen: list[Path] = []
+    monkeypatch.setattr(wandb, "is_whole", lambda folder: seen.append(folder))
+    tracker = trackers().get("wandb")(OFFLINE, tmp_path)
+    tracker.start(TrackedRun(name="first", group="comparison", config={}))
+    with pytest.raises(DataError, match=r"could not write all of .*is the disk full"):
+        tracker.finish()
+    assert seen == list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 def test_the_none_tracker_imports_no_wandb() -> None:
