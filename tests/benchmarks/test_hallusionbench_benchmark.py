@@ -16,6 +16,7 @@ from mitigate.errors import ConfigError, DataError
 from mitigate.metrics.base import values
 from mitigate.records import RecordWriter, RunRecord, SampleRecord
 from mitigate.runner.results import summarise
+from mitigate.runner.sample_table import SampleTables
 from mitigate.runner.stored import read_run
 from tests.benchmarks.official_yes_no import hallusionbench_rows, write_hallusionbench, write_mme
 from tests.judges.server import Answer, endpoint, said
@@ -177,10 +178,12 @@ def test_where_one_answer_fails_the_others_of_its_pair_or_set_are_left_out(
         "seed": 0,
     }
     RunRecord(status="finished", stack="none", samples=len(answers), config=config).write(root / "run")
-    comparison = summarise("one", [read_run(root / "run")])
+    stored = read_run(root / "run")
+    comparison = summarise("one", [stored])
     assert (comparison["left_out"], comparison["n_samples"]) == ([left_out], kept)
     assert comparison["stacks"]["none"]["failures"] == 1
     assert comparison["notes"][0].startswith("1 group of answers is left out")
+    assert SampleTables([stored], None).missing == 0  # a question that is asked without a picture misses none
 
 
 def test_what_a_report_shows(root: Path) -> None:
