@@ -27,9 +27,12 @@ class Token(NamedTuple):
 _CHUNK: Final = re.compile(r"\S+")
 #: What is a token wherever it stands. A comma or colon inside a number is not.
 _SIGN: Final = re.compile(r"`+|''|\.{2,}|--|[\"«»“”‘’„;@#$%&?!*\[\](){}<>\u2012-\u2015]|[:,](?!\d)")
-#: A full stop at the end of a chunk, whatever closes behind it, or before a sign that cannot continue a word.
-_STOP: Final = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’]*\Z|[?!)\";}\]*:@'({\[«»“”‘’])")
-_CLITIC: Final = re.compile(r"(?<=[^'])('s|'m|'d|'ll|'re|'ve|n't|')\Z", re.IGNORECASE)
+#: Where a sentence may end. Of several places between two white spaces nltk looks at the last.
+_END: Final = re.compile(r"[.?!](?=[?!)\";}\]*:@'({\[«»“”‘’]|\Z)")
+#: The full stop that ends a text, and the quotes and brackets that may close behind it.
+_LAST: Final = re.compile(r"\.(?=[\])}>\"'»”’]*\Z)")
+_CLITIC: Final = re.compile(r"(?<=[^'])('s|'m|'d|'ll|'re|'ve|n't)\Z", re.IGNORECASE)
+_CLOSING_QUOTE: Final = re.compile(r"(?<=[^'])'\Z")
 _OPENING_QUOTE: Final = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
 #: Words that are two tokens; the first is of three letters.
 SPLITS: Final = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
@@ -56,8 +59,10 @@ def _cut(chunk: str, offset: int, length: int) -> Iterator[Token]:
     cuts = {0, len(chunk)}
     for sign in _SIGN.finditer(chunk):
         cuts |= set(sign.span())
-    for stop in _STOP.finditer(chunk):
-        if offset + len(chunk) == length or not _is_abbreviation(chunk[: stop.start()]):
+    last = offset + len(chunk) == length
+    for stop in (*[*_END.finditer(chunk)][-1:], *(_LAST.finditer(chunk) if last else ())):
+        before = chunk[: stop.start()]
+        if stop.group() == "." and not before.endswith(".") and (last or not _is_abbreviation(before)):
             cuts |= set(stop.span())
     places = sorted(cuts)
     for start, end in pairwise(places):
@@ -67,7 +72,11 @@ def _cut(chunk: str, offset: int, length: int) -> Iterator[Token]:
 def _cut_word(word: str, offset: int) -> Iterator[Token]:
     """Cut quotes and clitics off a word without punctuation: ``'dogs'`` is three tokens, ``dog's`` two."""
     cuts = {0, len(word), *(place for quote in _OPENING_QUOTE.finditer(word) for place in quote.span())}
-    if clitic := _CLITIC.search(word):
+    end = len(word)
+    if quote := _CLOSING_QUOTE.search(word):
+        end = quote.start()
+        cuts.add(end)
+    if clitic := _CLITIC.search(word, 0, end):
         cuts.add(clitic.start())
     if word.lower() in SPLITS:
         cuts.add(3)
@@ -78,5 +87,5 @@ def _cut_word(word: str, offset: int) -> Iterator[Token]:
 
 def _is_abbreviation(word: str) -> bool:
     """Whether a full stop belongs to the word before it: an initial, ``u.s.``, or a title or company."""
-    lower = word.lower().lstrip("(\"'")
+    lower = re.split(r"[^\w.]", word.lower())[-1]
     return (len(lower) == 1 and lower.isalpha()) or "." in lower.strip(".") or lower in _ABBREVIATIONS

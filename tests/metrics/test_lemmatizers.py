@@ -80,7 +80,10 @@ def test_a_full_stop_ends_every_sentence_but_no_abbreviation() -> None:
         ("A dog.)cats", "a dog . ) cats"),
         ("dogs.”Two ’cats.'x", "dogs . ” two ’ cats . ' x"),
         ("**dog.** x", "* * dog . * * x"),
-        ("dog.;cat.?bus.'s car", "dog . ; cat . ? bus . 's car"),
+        ("dog.;cat bus.'s car.? cat.?bus car.> x", "dog . ; cat bus . 's car. ? cat . ? bus car. > x"),
+        ("dog.'cat. x", "dog. ' cat . x"),  # of two places the last one decides
+        ("a dog.>", "a dog . >"),
+        ("a 'dog's' bed", "a ' dog 's ' bed"),
         ("dog.—cat dog.-cat dog.cat", "dog. — cat dog.-cat dog.cat"),
     ):
         assert " ".join(token.text for token in tokenize(text)) == expected
