@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mitigate.report.sentences import beside, unit_of
+from mitigate.report.sentences import beside, listed, on_few_pictures, unit_of
 from mitigate.runner.table import number, resampled, size
 
 _SIGNS = {
@@ -36,12 +36,12 @@ def latex(comparison: Mapping[str, Any], *, title: str = "") -> str:
     for name in headline:
         metric = comparison["metrics"][name]
         width = 2 if paired else 1
-        heads.append(rf"\multicolumn{{{width}}}{{c}}{{{escape(_head(metric))}}}")
-        below += ["value", "difference"][:width]
+        heads.append(rf"\multicolumn{{{width}}}{{c}}{{{escape(metric['title'])}}}")
+        below += [escape(unit_of(metric).strip()) or "value", "difference"][:width]
         rules.append(rf"\cmidrule(lr){{{place}-{place + width - 1}}}")
         place += width
-    heads += [escape(_head(comparison["metrics"][name])) for name in context]
-    below += [""] * len(context)
+    heads += [escape(comparison["metrics"][name]["title"]) for name in context]
+    below += [escape(unit_of(comparison["metrics"][name]).strip()) for name in context]
     columns = place - 1 + len(context)
     best = {name: _best(comparison, name) for name in headline}
     lines = [
@@ -49,21 +49,23 @@ def latex(comparison: Mapping[str, Any], *, title: str = "") -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_caption(comparison, title or comparison['name'], paired=paired)}}}",
+        r"\small\setlength{\tabcolsep}{4pt}",
         rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
         r"\toprule",
         rf"{' & '.join(heads)} \\",
-        *([" ".join(rules), rf"{' & '.join(below)} \\"] if paired else []),
+        *([" ".join(rules)] if paired else []),
+        rf"{' & '.join(below)} \\",
         r"\midrule",
-        *(rf"{' & '.join(_row(comparison, stack, best, context, paired=paired))} \\" for stack in comparison["stacks"]),
+        *(
+            rf"{' & '.join(line)} \\"
+            for stack in comparison["stacks"]
+            for line in _row(comparison, stack, best, context, paired=paired)
+        ),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _head(metric: Mapping[str, Any]) -> str:
-    return f"{metric['title']},{unit_of(metric)}" if unit_of(metric) else str(metric["title"])
 
 
 def _row(
@@ -73,18 +75,22 @@ def _row(
     context: Sequence[str],
     *,
     paired: bool,
-) -> list[str]:
-    data, row = comparison["stacks"][stack], [escape(stack)]
+) -> tuple[list[str], list[str]]:
+    """Return a line of values and, below it, one of intervals: side by side they are too wide for a page."""
+    data, row = comparison["stacks"][stack], [(escape(stack), "")]
     for name, winner in best.items():
         metric = comparison["metrics"][name]
         row.append(_numbers(metric, data["metrics"][name], bold=stack == winner))
         if paired:
             found = data["differences"].get(name)
-            row.append("" if found is None else _numbers(metric, found, bold=stack == winner, sign=True))
-    return row + [_numbers(comparison["metrics"][name], data["metrics"][name]) for name in context]
+            row.append(("", "") if found is None else _numbers(metric, found, bold=stack == winner, sign=True))
+    row += [_numbers(comparison["metrics"][name], data["metrics"][name]) for name in context]
+    return [value for value, _ in row], [interval for _, interval in row]
 
 
-def _numbers(metric: Mapping[str, Any], found: Mapping[str, Any], *, bold: bool = False, sign: bool = False) -> str:
+def _numbers(
+    metric: Mapping[str, Any], found: Mapping[str, Any], *, bold: bool = False, sign: bool = False
+) -> tuple[str, str]:
     factor = 100.0 if metric["percent"] else 1.0
     value, low, high = (
         number(None if found[key] is None else factor * found[key], sign=sign).replace("−", "-")
@@ -92,8 +98,8 @@ def _numbers(metric: Mapping[str, Any], found: Mapping[str, Any], *, bold: bool 
     )
     shown = rf"$\mathbf{{{value}}}$" if bold else f"${value}$"
     if "–" in (value, low, high):
-        return shown.replace("–", "-")
-    return rf"{shown} {{\scriptsize $[{low}, {high}]$}}"
+        return shown.replace("–", "-"), ""
+    return shown, rf"{{\scriptsize $[{low}, {high}]$}}"
 
 
 def _best(comparison: Mapping[str, Any], name: str) -> str | None:
@@ -122,6 +128,9 @@ def _caption(comparison: Mapping[str, Any], title: str, *, paired: bool) -> str:
             f"Differences are to {escape(comparison['baseline'])} on the same samples. Bold: the best value of "
             r"a column, only if the 95\,\% interval of its difference excludes zero (not corrected for several stacks)."
         )
+    few = list(dict.fromkeys(stack for name in comparison["headline"] for stack in on_few_pictures(comparison, name)))
+    if few:
+        parts.append(f"Too few pictures count or changed, so intervals are too narrow: {escape(listed(few))}.")
     parts += [escape(note) for note in comparison["notes"]]
     return " ".join(parts)
 

@@ -56,8 +56,10 @@ def _about(comparison: Mapping[str, Any], name: str, baseline: str) -> str:
     unclear = [stack for stack in found if stack not in clear]
     if unclear:
         parts.append(_nothing(metric, unclear, found, all_of_them=not clear))
-    if few := _few(found):
-        parts.append(few)
+    if few := on_few_pictures(comparison, name):
+        parts.append(
+            f"Too few pictures count or changed, so interval and smallest difference are too small: {listed(few)}."
+        )
     return " ".join(parts)
 
 
@@ -95,13 +97,12 @@ def _nothing(
     return " ".join(parts)
 
 
-def _few(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name the stacks whose intervals rest on too few pictures; those that changed none are named already."""
-    known = {stack: item for stack, item in found.items() if item["low"] is not None}
-    few = [stack for stack, item in known.items() if item.get("caution") and item["changed"]]
-    if not few:
-        return ""
-    return f"Too few pictures count or changed, so interval and smallest difference are too small: {', '.join(few)}."
+def on_few_pictures(comparison: Mapping[str, Any], name: str) -> list[str]:
+    """Return the stacks whose interval of a metric's difference rests on too few pictures, if it is not just zero."""
+    found = {stack: data["differences"].get(name, {}) for stack, data in comparison["stacks"].items()}
+    return [
+        stack for stack, item in found.items() if item.get("caution") and item["changed"] and item["low"] is not None
+    ]
 
 
 def _amount(stack: str, item: Mapping[str, Any], metric: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mitigate.report.latex import latex
 from mitigate.report.sentences import beside, sentences
 from tests.report.worlds import difference, interval, made_comparison
 
@@ -50,6 +51,7 @@ def test_intervals_of_few_pictures_are_not_relied_on(comparison: dict[str, Any])
     assert sentences(comparison)[0].endswith(
         " Too few pictures count or changed, so interval and smallest difference are too small: good."
     )
+    assert "Too few pictures count or changed, so intervals are too narrow: good." in latex(comparison)
 
 
 def test_a_difference_that_correction_takes_back_is_called_so(comparison: dict[str, Any]) -> None:
