@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import io
 import json
 import math
 import os
@@ -86,6 +87,19 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+    """Write to an unbuffered file and wait for the disk; a full one takes a part, and only then says what is wrong.
+
+    Raises
+    ------
+    OSError
+        As the disk says it; a part may be written.
+    """
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
 
 
 def refused(path: Path, error: OSError) -> DataError:

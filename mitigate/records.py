@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mitigate.errors import DataError
+from mitigate.jsonfiles import append, number, read_object, refused, to_json, write_json
 from mitigate.jsonfiles import content_hash as content_hash
-from mitigate.jsonfiles import number, read_object, refused, to_json, write_json
 from mitigate.metrics.base import Interval
 
 if TYPE_CHECKING:
@@ -167,9 +166,7 @@ class RecordWriter:
         lines = b"".join(record.to_line().encode("ascii") + b"\n" for record in records)
         start = self._file.tell()
         try:
-            if self._file.write(lines) != len(lines):
-                raise OSError("the disk took only a part of the line")
-            os.fsync(self._file.fileno())
+            append(self._file, lines)
         except OSError as error:
             self._file.truncate(start)
             self._file.seek(start)

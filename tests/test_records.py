@@ -220,6 +220,22 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert [item.id for item in read_samples(tmp_path)] == ["a", "c"]
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from mitigate.records import RecordWriter, SampleRecord\n"
+        "values = dict(id='a', image_id='i', task='caption', prompt='', text='t', tokens=1, finished=True)\n"
+        "writer = RecordWriter(Path(sys.argv[1]))\n"
+        "writer.append(SampleRecord(**values))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 9, -1))\n"
+        "writer.append(SampleRecord(**values))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "File too large\nfinished samples are kept" in done.stderr
+    assert (tmp_path / "samples.rank0.jsonl").read_bytes().endswith(b"}\n")
+    assert len(read_samples(tmp_path)) == 1
+
+
 def test_what_was_appended_survives_a_kill(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Self
@@ -12,7 +11,7 @@ from typing import Any, Final, Self
 from mitigate.diagnostics.base import SampleRows, TokenRow
 from mitigate.diagnostics.labels import Label
 from mitigate.errors import DataError
-from mitigate.jsonfiles import refused, to_json
+from mitigate.jsonfiles import append, refused, to_json
 from mitigate.records import natural_key
 
 FILE: Final = "tokens.jsonl"
@@ -132,9 +131,7 @@ class Writer:
         lines = b"".join(to_line(sample).encode("ascii") + b"\n" for sample in samples)
         start = self.path.stat().st_size
         try:
-            if self._file.write(lines) != len(lines):
-                raise OSError("the disk took only a part of the line")
-            os.fsync(self._file.fileno())
+            append(self._file, lines)
         except OSError as error:
             self._file.truncate(start)
             raise refused(self.path, error) from error

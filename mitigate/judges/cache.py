@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
-from threading import Event
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Final, Self
 
 from mitigate.errors import DataError, MitigateError
-from mitigate.jsonfiles import content_hash, refused
+from mitigate.jsonfiles import append, content_hash, refused
 from mitigate.judges.client import Judge, Message, Reply
 
 if TYPE_CHECKING:
@@ -165,31 +165,39 @@ def _replies(
 
 def _answers(judge: Judge, questions: Mapping[str, list[Message]]) -> Iterator[tuple[str, Reply]]:
     """Yield answers as they come; after a failure nothing more is asked, but what is under way is waited for."""
-    failure: MitigateError | None = None
+    waiting: SimpleQueue[tuple[str, list[Message]]] = SimpleQueue()
+    answers: SimpleQueue[tuple[str, Reply | Exception] | None] = SimpleQueue()
     stop = Event()
+    for question in questions.items():
+        waiting.put(question)
 
-    def answer(messages: list[Message]) -> Reply | None:
-        if stop.is_set():
-            return None
-        try:
-            return judge.reply(messages)
-        except MitigateError:
-            stop.set()  # here, and not where the failure is noticed: that thread may be waiting for the disk
-            raise
-
-    with ThreadPoolExecutor(judge.parallel) as pool:
-        asked = {pool.submit(answer, messages): name for name, messages in questions.items()}
-        try:
-            for future in as_completed(asked):
+    def work() -> None:
+        with suppress(Empty):
+            while not stop.is_set():
+                name, messages = waiting.get_nowait()
                 try:
-                    reply = future.result()
-                except MitigateError as error:
-                    failure = failure or type(error)(f"sample {asked[future]!r}: {error}")
-                else:
-                    if reply:
-                        yield asked[future], reply
-        finally:  # also when the disk is full, or somebody interrupts
-            stop.set()
+                    answers.put((name, judge.reply(messages)))
+                except Exception as error:  # raised below
+                    stop.set()  # here, and not where the failure is noticed: that thread may be waiting for the disk
+                    answers.put((name, error))
+        answers.put(None)
+
+    for _ in range(judge.parallel):  # daemons: who interrupts does not wait for a judge that hangs
+        Thread(target=work, daemon=True).start()
+    working = judge.parallel
+    failure: Exception | None = None
+    try:
+        while working:
+            answer = answers.get()
+            if answer is None:
+                working -= 1
+            elif isinstance(answer[1], Reply):
+                yield answer[0], answer[1]
+            elif failure is None:
+                name, error = answer
+                failure = type(error)(f"sample {name!r}: {error}") if isinstance(error, MitigateError) else error
+    finally:  # also when the disk is full, or somebody interrupts
+        stop.set()
     if failure:
         raise failure
 
@@ -239,9 +247,7 @@ class _Appender:
     def append(self, judgement: Judgement) -> None:
         line = json.dumps(dataclasses.asdict(judgement)).encode("ascii") + b"\n"
         try:
-            if self._file.write(line) != len(line):
-                raise OSError("the disk took only a part of the line")
-            os.fsync(self._file.fileno())
+            append(self._file, line)
         except OSError as error:
             raise refused(self._path, error) from error
 
