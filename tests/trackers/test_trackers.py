@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from mitigate.errors import ConfigError, DataError
 from mitigate.registry import trackers
-from mitigate.trackers import BUILTIN, wandb
+from mitigate.trackers import BUILTIN, wandb, wandb_file
 from mitigate.trackers.base import TrackedRun, Tracker
 from tests.trackers.reading import read_back, read_run
 
@@ -96,6 +97,22 @@ def test_an_offline_run_that_was_not_written_whole_is_a_failure(
     with pytest.raises(DataError, match=r"could not write all of .*is the disk full"):
         tracker.finish()
     assert seen == list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_records_are_read_across_blocks_and_padding() -> None:
+    block, log = 32768, b":W&B\xe1\xbe\x01"
+    # ends 3 bytes before the block does: too few for a header, so they are filled
+    first = b"a" * (block - len(log) - 7 - 3)
+    log += struct.pack("<IHB", 0, len(first), 1) + first + b"\0" * 3
+    # over three blocks: its first, middle and last piece
+    pieces = [b"b" * (block - 7), b"c" * (block - 7), b"d" * 9]
+    log += b"".join(
+        struct.pack("<IHB", 0, len(piece), kind) + piece for kind, piece in zip((2, 3, 4), pieces, strict=True)
+    )
+    log += struct.pack("<IHB", 0, 1, 1) + b"e"
+    assert list(wandb_file.records(log)) == [first, b"".join(pieces), b"e"]
+    assert list(wandb_file.records(log[:-1])) == [first, b"".join(pieces)]
+    assert list(wandb_file.records(b"????" + log[4:])) == []
 
 
 def test_the_none_tracker_imports_no_wandb() -> None:
