@@ -74,7 +74,8 @@ def reproduce(arguments: Sequence[str], console: Console) -> int:
 
 def _run(jobs: Sequence[Job], folder: Path, console: Console, command: str) -> int:
     from mitigate.cli.running import check_before_start
-    from mitigate.reproduction.running import refuse_missing, run_jobs
+    from mitigate.reproduction.needs import refuse_missing
+    from mitigate.reproduction.running import run_jobs
 
     check_before_start([(run, folder / job.name / run.stack_name) for job in jobs for run in job.runs])
     refuse_missing(jobs)
@@ -133,7 +134,7 @@ def _list(console: Console) -> int:
 
 
 def _show_plan(jobs: Sequence[Job], console: Console) -> None:
-    from mitigate.reproduction.running import missing_of
+    from mitigate.reproduction.needs import missing_of
 
     published = jobs[0].published
     console.rule(escape(f"{published.name}: {published.table}, arXiv {published.arxiv}"), align="left")

@@ -89,8 +89,8 @@ def _is_folder_name(name: str) -> bool:
     return bool(name.strip()) and "/" not in name and "\\" not in name and not name.startswith(".")
 
 
-def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
-    """Refuse to run a model of a family nobody brings an adapter for; planning one needs none.
+def check_served(config: Mapping[str, Any], facts: ModelFacts | None) -> str | None:
+    """Refuse to run a model of a family nobody brings an adapter for; planning one needs none. Imports no adapter.
 
     Parameters
     ----------
@@ -99,20 +99,37 @@ def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
     facts
         The model's geometry; without it, and without ``model.family``, the family is seen when the model is loaded.
 
+    Returns
+    -------
+    str or None
+        The family, as far as it is known.
+
     Raises
     ------
     UnsupportedModel
         Naming the families that are served.
-    PluginError, DuplicateName
-        If the family's adapter cannot be used: it is imported here, before weights are loaded.
     """
-    family = config["model"]["family"] if facts is None else facts.family
+    family: str | None = config["model"]["family"] if facts is None else facts.family
     served = adapters().names()
     if family is not None and family not in served:
         raise UnsupportedModel(
             f"model={config['model']['name']} is of family {family}, which cannot be run yet (`mitigate plan` works); "
             f"served: {', '.join(served)}. An outside package can bring an adapter (entry-point group mitigate.models)"
         )
+    return family
+
+
+def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
+    """Refuse what `check_served` refuses, and a family whose adapter cannot be used: it is imported before weights are.
+
+    Raises
+    ------
+    UnsupportedModel
+        Naming the families that are served.
+    PluginError, DuplicateName
+        If the family's adapter cannot be used.
+    """
+    family = check_served(config, facts)
     if family is not None:
         adapters().get(family)
 

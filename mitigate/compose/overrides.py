@@ -114,7 +114,7 @@ def check_method_list(value: Any, text: str) -> None:
 
 def _check_head(override: Override) -> None:
     parts, text = override.key_or_group.split("."), override.input_line
-    known = [field.name for field in fields(RunConfig) if field.name != "reproduction"]  # that one is for files
+    known = [field.name for field in fields(RunConfig)]
     if parts[0] == "hydra":
         raise ConfigError(f"{text}: hydra.* settings have no effect here; runs are placed with runs_dir= and name=")
     if "/" in parts[0] or "@" in str(override.input_line).partition("=")[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -48,7 +49,9 @@ def compose_sweep(overrides: Sequence[str]) -> list[ResolvedRun]:
         return runs
 
 
-def compose_comparison(overrides: Sequence[str] = (), notes: list[str] | None = None) -> list[ResolvedRun]:
+def compose_comparison(
+    overrides: Sequence[str] = (), notes: list[str] | None = None, hydra: Session | None = None
+) -> list[ResolvedRun]:
     """Compose a comparison: one run per entry of ``stacks``, the baseline ``none`` first.
 
     Parameters
@@ -58,9 +61,11 @@ def compose_comparison(overrides: Sequence[str] = (), notes: list[str] | None = 
         value of a method goes to the stacks that select the method.
     notes
         Receives a sentence for everything done that was not asked for.
+    hydra
+        An open session, for several comparisons: files are read once.
     """
-    with session() as hydra:
-        return _comparison(hydra, overrides, notes if notes is not None else [])
+    with nullcontext(hydra) if hydra is not None else session() as opened:
+        return _comparison(opened, overrides, notes if notes is not None else [])
 
 
 def compose_comparison_sweep(overrides: Sequence[str], notes: list[str] | None = None) -> list[list[ResolvedRun]]:
@@ -160,7 +165,7 @@ def _build(
     built = {key: values.build() for key, values in decided.items()}
     facts = facts_of(config["model"])
     check_stack(built, facts, config)
-    del config["model"]["tuned"], config["reproduction"]
+    del config["model"]["tuned"]
     config |= {"stack": name, "stacks": []}
     provenance = {
         key: origins.get(key, DEFAULT) for key in flatten(config) if key != "stacks" and not key.startswith("methods")

@@ -132,8 +132,6 @@ class RunConfig:
         Folder under which records are written.
     name
         Name of the run or comparison folder; ``None`` derives it from the configuration.
-    reproduction
-        What an experiment says about a published table (`mitigate.reproduction`); no part of a run.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -148,4 +146,3 @@ class RunConfig:
     on_error: str = "stop"
     runs_dir: str = "runs"
     name: str | None = None
-    reproduction: Any = None

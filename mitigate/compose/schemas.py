@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -47,6 +48,9 @@ class Parameter:
     doc: str
 
 
+_hints_of = cache(typing.get_type_hints)
+
+
 def annotations_of(plugin: type) -> dict[str, Any]:
     """Return parameter name -> annotation of a plugin dataclass.
 
@@ -58,7 +62,7 @@ def annotations_of(plugin: type) -> dict[str, Any]:
     if not dataclasses.is_dataclass(plugin):
         raise PluginError(f"{plugin.__module__}.{plugin.__qualname__} is no dataclass: decorate it with @dataclass")
     try:
-        hints = typing.get_type_hints(plugin)
+        hints = _hints_of(plugin)
     except Exception as error:
         raise PluginError(
             f"{plugin.__module__}.{plugin.__qualname__}: annotations cannot be read ({error}); "

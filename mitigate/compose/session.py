@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -76,12 +78,17 @@ class Session:
     def __init__(self) -> None:
         self._loader: Any = GlobalHydra.instance().config_loader()
         self._composed: dict[tuple[str, ...], Composed] = {}
+        self._options: dict[str, list[str]] = {}
+        self._checked: set[str] = set()
+        self._files = [(source, _remember_files(source)) for source in self.sources()]
 
     def options(self, group: str) -> list[str]:
         """Return the options of a group, sorted."""
         if group not in FILE_GROUPS:
             return _registry_of(group).names()
-        return sorted(self._loader.get_group_options(group))
+        if group not in self._options:
+            self._options[group] = sorted(self._loader.get_group_options(group))
+        return self._options[group]
 
     def sources(self) -> list[Any]:
         """Return the places of configuration files, in the order in which Hydra looks; not the generated schemas."""
@@ -110,6 +117,8 @@ class Session:
         ConfigError
             If a package brings a file where options are generated, or one that cannot be read.
         """
+        if path in self._checked:
+            return
         packages = self.brought_by(path)
         if path.startswith(_GENERATED) and packages:
             raise ConfigError(
@@ -128,6 +137,7 @@ class Session:
                 raise ConfigError(f"conf/{path}.yaml of {package} cannot be read: {_explain(error)}") from error
             if path.partition("/")[0] in _GLOBAL and header.get("package") != "_global_":
                 raise ConfigError(f"conf/{path}.yaml of {package} must begin with the line: # @package _global_")
+        self._checked.add(path)
 
     def unknown_option(self, group: str, option: str) -> UnknownName:
         """Return the error for an option no file has; it says so if files of a package cannot be read."""
@@ -162,7 +172,10 @@ class Session:
 
     def load_raw(self, path: str) -> DictConfig:
         """Return the content of one configuration file as written, without its defaults list."""
-        return self._loader.repository.load_config(path).config  # type: ignore[no-any-return]
+        parse = next(parse for source, parse in self._files if source.is_config(path))
+        content: DictConfig = copy.deepcopy(parse(path).config)
+        content.pop("defaults", None)
+        return content
 
     def defaults_of(self, path: str) -> list[Any]:
         """Return the defaults list of one configuration file."""
@@ -242,6 +255,26 @@ def session() -> Iterator[Session]:
     store.store(name="run_schema", node=RunConfig, provider="mitigate")
     with initialize_config_module("mitigate.conf", job_name="mitigate", version_base="1.3"):
         yield Session()
+
+
+def _remember_files(source: Any) -> Callable[[str], Any]:
+    """Return what parses each file of a source once; Hydra, too, gets its files from there.
+
+    Hydra would parse every file several times in every composition. What an experiment says about a published table
+    (`mitigate.reproduction`) is no part of a run, so it is kept from Hydra.
+    """
+    parse = cache(source.load_config)
+
+    @cache
+    def part_of_a_run(path: str) -> Any:
+        result = copy.deepcopy(parse(path))
+        if path.startswith("experiment/") and isinstance(result.config, DictConfig):
+            result.config.pop("reproduction", None)
+        return result
+
+    # Hydra changes what it is given
+    source.load_config = lambda config_path: copy.deepcopy(part_of_a_run(config_path))
+    return parse
 
 
 def _registry_of(group: str) -> Registry[Any]:

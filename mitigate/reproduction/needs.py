@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mitigate.errors import MitigateError
+from mitigate.errors import ConfigError, MitigateError
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
     from mitigate.compose import ResolvedRun
     from mitigate.compose.session import Session
     from mitigate.data.sources import Source
+    from mitigate.reproduction.planning import Job
 
 #: Weights in one file, and the lists of files of weights in several.
 _SINGLE: Final = ("model.safetensors", "pytorch_model.bin")
@@ -39,13 +40,48 @@ class Missing:
     remedy: str
 
 
+def missing_of(jobs: Sequence[Job]) -> dict[Missing, list[Job]]:
+    """Return what comparisons need and do not find on this machine, with those that need it."""
+    found: dict[Missing, list[Job]] = {}
+    known: dict[str, list[Missing]] = {}
+    for job in jobs:
+        run = job.runs[0]
+        # the same model or data in several comparisons is looked for once
+        key = f"{run.config['model']} {run.config['benchmark']}"
+        if key not in known:
+            known[key] = missing_for(run)
+        for missing in known[key]:
+            found.setdefault(missing, []).append(job)
+    return found
+
+
+def refuse_missing(jobs: Sequence[Job]) -> None:
+    """Refuse to start if anything is missing.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first thing that is missing, how to get it, and how to see the others.
+    """
+    missing = missing_of(jobs)
+    if not missing:
+        return
+    first, *others = missing
+    more = f"; {len(others)} more things are missing" if others else ""
+    raise ConfigError(
+        f"{first.what} (get it: {first.remedy}){more}\n"
+        f"`mitigate reproduce {jobs[0].published.name} --dry-run` lists all; model= and benchmark= choose among the "
+        f"table's, model=testbed tries it in small"
+    )
+
+
 def missing_for(run: ResolvedRun) -> list[Missing]:
     """Return what a run needs and does not find."""
-    from mitigate.compose.checks import check_family
+    from mitigate.compose.checks import check_served
 
     found = []
     try:
-        check_family(run.config, run.facts)
+        check_served(run.config, run.facts)
     except MitigateError as error:
         found.append(Missing(kind="model", what=str(error), remedy="add an adapter for the family"))
     weights = missing_weights(run.config["model"])

@@ -15,6 +15,7 @@ from mitigate.reproduction.tables import Column, Protocol, Published, read_proto
 
 if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
+    from mitigate.compose.session import Session
 
 TESTBED: Final = "testbed"
 TESTBED_SCENES: Final = 50
@@ -162,17 +163,17 @@ def plan_jobs(published: Published, asked: Asked) -> list[Job]:
     """
     with session() as hydra:
         protocols = [read_protocol(hydra, name) for name in published.protocols]
-    if asked.model == TESTBED:
-        jobs = _testbed_jobs(published, _chosen_protocols(published, protocols, asked, TESTBED), asked)
-    else:
-        models = _chosen_models(published, asked)
-        chosen = _chosen_protocols(published, protocols, asked)
-        jobs = [
-            _job(published, model, protocol, asked)
-            for model in models
-            for protocol in chosen
-            if published.stacks(model, protocol)
-        ]
+        if asked.model == TESTBED:
+            jobs = _testbed_jobs(hydra, published, _chosen_protocols(published, protocols, asked, TESTBED), asked)
+        else:
+            models = _chosen_models(published, asked)
+            chosen = _chosen_protocols(published, protocols, asked)
+            jobs = [
+                _job(hydra, published, model, protocol, asked)
+                for model in models
+                for protocol in chosen
+                if published.stacks(model, protocol)
+            ]
     if not jobs:
         raise ConfigError(f"{published.name} has no values of {asked.model} on benchmark={asked.benchmark}")
     for job in jobs:
@@ -206,7 +207,7 @@ def _chosen_protocols(
     return chosen
 
 
-def _job(published: Published, model: str, protocol: Protocol, asked: Asked) -> Job:
+def _job(hydra: Session, published: Published, model: str, protocol: Protocol, asked: Asked) -> Job:
     notes: list[str] = []
     stacks = ",".join(published.stacks(model, protocol))
     tokens = [f"experiment={protocol.name}", f"model={model}", f"stacks=[{stacks}]", *asked.values]
@@ -215,14 +216,14 @@ def _job(published: Published, model: str, protocol: Protocol, asked: Asked) -> 
         model=model,
         protocol=protocol,
         columns=protocol.columns,
-        runs=compose_comparison(tokens, notes),
+        runs=compose_comparison(tokens, notes, hydra),
         altered=asked.altered,
         other_model=published.models[model].stand_in,
         notes=tuple(notes),
     )
 
 
-def _testbed_jobs(published: Published, protocols: Sequence[Protocol], asked: Asked) -> list[Job]:
+def _testbed_jobs(hydra: Session, published: Published, protocols: Sequence[Protocol], asked: Asked) -> list[Job]:
     """Compose the table's stacks on the embedded testbed, beside the rows of its first model that has them."""
     jobs = []
     limit = [] if "benchmark.limit" in asked.keys else [f"benchmark.limit={TESTBED_SCENES}"]
@@ -241,7 +242,7 @@ def _testbed_jobs(published: Published, protocols: Sequence[Protocol], asked: As
                 model=model,
                 protocol=protocol,
                 columns=protocol.testbed_columns,
-                runs=compose_comparison([*tokens, stacks, *asked.values], notes),
+                runs=compose_comparison([*tokens, stacks, *asked.values], notes, hydra),
                 altered=asked.altered,
                 other_model=f"the embedded testbed, not {published.models[model].printed}",
                 notes=tuple(notes),

@@ -6,51 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mitigate.errors import ConfigError
 from mitigate.jsonfiles import write_text
 from mitigate.reproduction.markdown import as_markdown
-from mitigate.reproduction.needs import Missing, missing_for
 from mitigate.reproduction.results import merge_results, result_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mitigate.reproduction.planning import Job
-
-
-def missing_of(jobs: Sequence[Job]) -> dict[Missing, list[Job]]:
-    """Return what comparisons need and do not find on this machine, with those that need it."""
-    found: dict[Missing, list[Job]] = {}
-    known: dict[str, list[Missing]] = {}
-    for job in jobs:
-        run = job.runs[0]
-        # the same model or data in several comparisons is looked for once
-        key = f"{run.config['model']} {run.config['benchmark']}"
-        if key not in known:
-            known[key] = missing_for(run)
-        for missing in known[key]:
-            found.setdefault(missing, []).append(job)
-    return found
-
-
-def refuse_missing(jobs: Sequence[Job]) -> None:
-    """Refuse to start if anything is missing.
-
-    Raises
-    ------
-    ConfigError
-        Naming the first thing that is missing, how to get it, and how to see the others.
-    """
-    missing = missing_of(jobs)
-    if not missing:
-        return
-    first, *others = missing
-    more = f"; {len(others)} more things are missing" if others else ""
-    raise ConfigError(
-        f"{first.what} (get it: {first.remedy}){more}\n"
-        f"`mitigate reproduce {jobs[0].published.name} --dry-run` lists all; model= and benchmark= choose among the "
-        f"table's, model=testbed tries it in small"
-    )
 
 
 def run_jobs(
