@@ -191,11 +191,12 @@ def _answers(judge: Judge, questions: Mapping[str, list[Message]]) -> Iterator[t
             answer = answers.get()
             if answer is None:
                 working -= 1
-            elif isinstance(answer[1], Reply):
-                yield answer[0], answer[1]
+                continue
+            name, said = answer
+            if isinstance(said, Reply):
+                yield name, said
             elif failure is None:
-                name, error = answer
-                failure = type(error)(f"sample {name!r}: {error}") if isinstance(error, MitigateError) else error
+                failure = type(said)(f"sample {name!r}: {said}") if isinstance(said, MitigateError) else said
     finally:  # also when the disk is full, or somebody interrupts
         stop.set()
     if failure:

@@ -182,6 +182,24 @@ def test_every_verdict_is_on_the_disk_before_the_next_is_reported(tmp_path: Path
     verdicts(RECORDS, ask, judge(server.url), cache, look)
 
 
+def test_who_interrupts_does_not_wait_for_a_judge_that_hangs(tmp_path: Path) -> None:
+    def hang(number: int, body: dict[str, Any]) -> Answer:
+        answer = echo(number, body)
+        answer.delay = 5.0 if number else 0.0
+        return answer
+
+    def interrupt(done: int, _: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with endpoint(hang) as server:
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            verdicts(RECORDS, ask, judge(server.url), tmp_path / CACHE, interrupt)
+        assert time.monotonic() - start < 3
+    assert len(lines(tmp_path / CACHE)) == 1
+
+
 def test_requests_are_few_at_a_time(tmp_path: Path) -> None:
     now, most = 0, 0
     lock = threading.Lock()
