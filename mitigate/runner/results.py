@@ -95,7 +95,8 @@ def answered(runs: Sequence[StoredRun]) -> dict[str, Answered]:
                 f"stack {run.stack!r} has two runs with seed {run.seed}: {group[0].directory} and {run.directory}"
             )
         group.append(run)
-    made = {stack: Answered(tuple(group), left_out) for stack, group in groups.items()}
+    by_seed = {stack: tuple(sorted(group, key=lambda run: run.seed)) for stack, group in groups.items()}
+    made = {stack: Answered(group, left_out) for stack, group in by_seed.items()}
     for stack, each in made.items():
         if not each.answers:
             failed = next(record for run in each.runs for record in run.answers.values() if record.error is not None)
@@ -116,7 +117,7 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
         Name of the comparison.
     runs
         In the table's order; the first one without methods is the baseline. Runs of one stack with several seeds are
-        pooled.
+        pooled, in the order of the seeds: the smallest one seeds the bootstrap.
     notes
         Sentences that belong under every presentation.
 
@@ -130,7 +131,8 @@ def summarise(name: str, runs: Sequence[StoredRun], *, notes: Sequence[str] = ()
     DataError
         If nothing is left to compare because samples failed.
     """
-    first, groups = runs[0], answered(runs)
+    groups = answered(runs)
+    first = groups[runs[0].stack].runs[0]
     benchmark = first.benchmark
     metrics = benchmark.all_metrics()
     baseline = next((group for group in groups.values() if not group.runs[0].methods), None)

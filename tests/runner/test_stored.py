@@ -66,6 +66,8 @@ def test_seeds_are_pooled_and_their_spread_is_told(folder: Path) -> None:
     spread = data["stacks"]["none"]["seed_spread"]["pope/random/accuracy"]
     assert spread == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
     assert singles[0]["stacks"]["none"]["seed_spread"] == {}
+    turned_round = find_runs([folder / "c1", folder / "c0"])
+    assert summarise("both", turned_round) == data
     assert data["n_images"] == 30
 
 
