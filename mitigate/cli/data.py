@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mitigate.cli.exits import FAILED, OK, USER_ERROR
 from mitigate.cli.flags import read_flags, wants_help
+from mitigate.cli.parameters import Parameters
 from mitigate.data import checking, data_folder, data_root
 from mitigate.data.fetching import download
 from mitigate.errors import ConfigError, PluginError
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 HELP = """\
 Usage: mitigate data list  [NAME ...] [--data DIR] [--json]
        mitigate data fetch NAME ...   [--data DIR] [--json]
-       mitigate data check NAME ...   [--data DIR] [--json] [--quick]
+       mitigate data check NAME ...   [--data DIR] [--json] [--quick] [KEY=VALUE ...]
 
   list     the files each benchmark needs, their licences, and whether they are there
   fetch    download what may be downloaded (pinned by commit and sha256), and say what to get by hand and from where
   check    compare every file with its pinned sha256, count rows, look for duplicate ids, decode every picture
 
 Names are those of benchmarks in any case (POPE, pope); `mitigate data list` shows them.
+
+KEY=VALUE checks the data of other settings of the benchmark than its own: dataset=gqa, splits=[random]
 
 Options
   --data DIR   folder of all data; $MITIGATE_DATA if not given, or data/. A benchmark's files lie below DIR/NAME,
@@ -48,6 +51,7 @@ Options
 Examples
   mitigate data fetch pope
   mitigate data check pope amber --data /scratch/data
+  mitigate data check pope dataset=gqa
 
 A file that is already there is never overwritten. HTTP_PROXY and HTTPS_PROXY are respected. Exit codes: 0 everything is
 there and right, 1 something has to be got or mended, 2 something to fix in the command, or a download that failed.
@@ -77,7 +81,8 @@ def data(arguments: Sequence[str], console: Console) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in _FLAGS:
         raise ConfigError(f"mitigate data has no command {command!r}{suggestion(command, _FLAGS)}")
-    words, flags = read_flags(f"data {command}", rest, _FLAGS[command])
+    settings = [word for word in rest if "=" in word and not word.startswith("-")] if command == "check" else []
+    words, flags = read_flags(f"data {command}", [word for word in rest if word not in settings], _FLAGS[command])
     if not words and command != "list":
         raise ConfigError(f"mitigate data {command} needs names, such as `mitigate data {command} pope`{_known()}")
     root = flags.get("--data")
@@ -91,8 +96,10 @@ def data(arguments: Sequence[str], console: Console) -> int:
         if command == "fetch":
             for name in names:
                 _fetch(name, root, quiet)
-        check = _check if command == "check" else _fetched
-        found = [check(name, root, quiet, quick="--quick" in flags) for name in names]
+            found = [_fetched(name, root, quiet) for name in names]
+        else:
+            chosen = [_benchmark(name, root, settings) for name in names]
+            found = [_check(each, root, quiet, quick="--quick" in flags, all_files=not settings) for each in chosen]
         code = OK if all(item["ok"] for item in found) else FAILED
     if "--json" in flags:
         console.print_json(json.dumps({"data": str(data_root(root)), "benchmarks": found}), highlight=False)
@@ -175,7 +182,7 @@ def _fetch(name: str, root: str | None, console: Console) -> None:
             download(state.source, state.path, progress=not console.quiet and sys.stderr.isatty())
 
 
-def _fetched(name: str, root: str | None, console: Console, *, quick: bool) -> dict[str, Any]:
+def _fetched(name: str, root: str | None, console: Console) -> dict[str, Any]:
     """Show what is there after the downloads, and what is left for the user to do."""
     states = _states(name, root)
     _files_table(name, states, console)
@@ -193,17 +200,18 @@ def _fetched(name: str, root: str | None, console: Console, *, quick: bool) -> d
     return summary
 
 
-def _check(name: str, root: str | None, console: Console, *, quick: bool) -> dict[str, Any]:
+def _check(benchmark: Benchmark, root: str | None, console: Console, *, quick: bool, all_files: bool) -> dict[str, Any]:
+    """Look at all files, and at the pictures of the settings; which files other settings need is not asked."""
+    name = benchmark.name
     states = _states(name, root)
     summary = _summary(name, root, states)
     _files_table(name, states, console)
     missing = [state for state in states if state.verdict == checking.MISSING and not state.source.optional]
-    for state in missing:
+    for state in missing if all_files else []:
         _say(console, _folded(f"{state.path} is missing: {state.source.instruction}"))
     _mend(states, console)
     problems: list[str] = []
-    if not any(not state.source.is_folder for state in missing):
-        benchmark = _benchmark(name, root)
+    if not (all_files and any(not state.source.is_folder for state in missing)):
         with progress_bar("Pictures", shown=not console.quiet and sys.stderr.isatty()) as report:
             pictures = checking.check_pictures(benchmark, decode=not quick, report=report)
         if isinstance(pictures, str):
@@ -214,21 +222,33 @@ def _check(name: str, root: str | None, console: Console, *, quick: bool) -> dic
             read = "are there and can be read" if pictures.decoded else "are there (not decoded: --quick)"
             if pictures.needed:
                 _say(console, f"{pictures.needed - len(problems)} of {pictures.needed} pictures {read}")
-    gone = tuple(str(state.path) for state in missing if state.source.is_folder)
-    news = [problem for problem in problems if not (gone and problem.startswith(gone))]
-    for problem in news[:_SHOWN_PROBLEMS]:
-        _say(console, f"  {problem}")
-    if len(news) > _SHOWN_PROBLEMS:
-        _say(console, f"  ... and {len(news) - _SHOWN_PROBLEMS} more (--json lists them)")
+    gone = tuple(str(state.path) for state in missing if state.source.is_folder) if all_files else ()
+    _say_problems([problem for problem in problems if not (gone and problem.startswith(gone))], console)
+    if all_files and any(state.source.optional and state.verdict != checking.MISSING for state in states):
+        _say(console, f"pictures of other settings were not looked for: mitigate data check {name} KEY=VALUE")
+    wrong = [state for state in states if state.wrong and (all_files or state not in missing)]
+    summary["ok"] = not wrong and not problems
     summary["problems"] = problems
-    summary["ok"] = summary["ok"] and not problems
     _say(console, f"{name}: {'ready' if summary['ok'] else 'not ready'}")
     return summary
 
 
-def _benchmark(name: str, root: str | None) -> Benchmark:
+def _say_problems(problems: Sequence[str], console: Console) -> None:
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        _say(console, f"  {problem}")
+    if len(problems) > _SHOWN_PROBLEMS:
+        _say(console, f"  ... and {len(problems) - _SHOWN_PROBLEMS} more (--json lists them)")
+
+
+def _benchmark(name: str, root: str | None, settings: Sequence[str]) -> Benchmark:
     plugin = benchmarks().get(name)
-    made: Benchmark = plugin(data_dir=str(data_root(root))) if plugin.sources else plugin()
+    parameters = Parameters(plugin, f"benchmark {name}")
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        parameters.set(key, value, setting)
+    if plugin.sources:
+        parameters.set("data_dir", str(data_root(root)), "--data")
+    made: Benchmark = parameters.build()
     return made
 
 

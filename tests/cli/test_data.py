@@ -139,6 +139,25 @@ def test_fetch_downloads_what_it_may_and_says_the_rest(
         assert not Path("data/toyfiles/questions.json").exists()
 
 
+def test_other_settings_are_checked_on_demand(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path / "data")
+    (tmp_path / "data" / "toypictures" / "b.png").unlink()
+    extra = source(path="extra.json", optional=True)
+    monkeypatch.setattr(ToyFiles, "sources", (*ToyFiles.sources, extra, source(path="needed.json")))
+    assert checked(capsys, "tasks=[dog]")[1]["pictures"] == {"needed": 1, "wrong": 0, "decoded": True}
+    code, found = checked(capsys, "tasks=cow")
+    assert (code, found["problems"]) == (1, ["data/toypictures/b.png does not exist"])
+    assert checked(capsys)[0] == 1
+    (tmp_path / "data" / "toyfiles" / "extra.json").write_bytes(CONTENT)
+    assert "pictures of other settings were not looked for" in told(capsys, "check", "toyfiles")[1]
+    assert "not looked for" not in told(capsys, "check", "toyfiles", "tasks=[dog]")[1]
+    code, out, err = told(capsys, "check", "toyfiles", "task=dog")
+    assert (code, out) == (2, "")
+    assert "benchmark toyfiles has no parameter 'task'; did you mean 'tasks'?" in err
+
+
 def test_optional_files_may_be_missing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
