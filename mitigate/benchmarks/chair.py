@@ -51,7 +51,10 @@ class Chair(Benchmark):
     name: ClassVar[str] = "chair"
     summary: ClassVar[str] = "CHAIR: objects in descriptions of COCO pictures that are not there"
     sources: ClassVar[tuple[Source, ...]] = CHAIR
-    ids: ClassVar[str] = "COCO's id of the picture, such as 42; its file name, too"
+    ids: ClassVar[str] = (
+        "COCO's id of the picture, such as 42; its file name, too. Answers about other pictures than the default 500 "
+        "need the list of their ids: manifest=FILE"
+    )
 
     lemmatizer: str = "wordnet"
     manifest: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -83,7 +84,14 @@ def pictures(
     known = {SPLITS[0]: [_read(folder, kind, SPLITS[0], benchmark) for kind in kinds]}
     if manifest is None:
         chosen = [(number, f"{folder}") for number in in_default_order(known[SPLITS[0]][0].files)]
-        chosen = chosen[: limit or DEFAULT_PICTURES]
+        wanted = limit or DEFAULT_PICTURES
+        if len(chosen) < wanted:
+            warnings.warn(
+                f"{folder} has annotations of {len(chosen)} pictures, not of {wanted}: these are not the pictures that "
+                "others evaluate by default",
+                stacklevel=2,
+            )
+        chosen = chosen[:wanted]
     else:
         chosen = _read_manifest(manifest)[:limit]
     if any(number not in known[SPLITS[0]][0].files for number, _ in chosen):

@@ -43,7 +43,10 @@ class CocoCaption(Benchmark):
     name: ClassVar[str] = "coco_caption"
     summary: ClassVar[str] = "CIDEr-D: one-sentence captions of COCO pictures against people's"
     sources: ClassVar[tuple[Source, ...]] = COCO_CAPTION
-    ids: ClassVar[str] = "COCO's id of the picture, such as 42; its file name, too"
+    ids: ClassVar[str] = (
+        "COCO's id of the picture, such as 42; its file name, too. Answers about other pictures than the default 500 "
+        "need the list of their ids: manifest=FILE"
+    )
 
     tokenizer: str = "simple"
     manifest: str | None = None

@@ -95,6 +95,10 @@ def test_default_pictures_follow_a_rule(tmp_path: Path, root: Path) -> None:
     assert ids == sorted(many, key=lambda number: hashlib.sha256(str(number).encode()).hexdigest())[:500]
     assert [int(sample.id) for sample in chair(tmp_path, limit=7).samples()] == ids[:7]
     assert len(chair(tmp_path, limit=550).samples()) == 550
+    with pytest.warns(UserWarning, match="has annotations of 600 pictures, not of 601"):
+        assert len(chair(tmp_path, limit=601).samples()) == 600
+    with pytest.warns(UserWarning, match="has annotations of 14 pictures, not of 500"):
+        chair(root).samples()
     assert in_default_order([1, 2, 3, 42]) == in_default_order([42, 3, 2, 1])
 
 
