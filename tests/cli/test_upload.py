@@ -85,6 +85,9 @@ def names() -> list[tuple[str, str]]:
 
 
 def test_a_comparison_is_one_run_per_stack_with_the_numbers_that_were_written(runs: Path) -> None:
+    reports = ("report.md", "report.csv", "report.tex")
+    for name in (*reports, "none/judgements.jsonl"):
+        (runs / "seed-0" / name).write_text(name)
     assert upload(runs / "seed-0", "tracker.project=paper", "tracker.tags=[a]") == 0
     assert names() == [("seed-0", "none"), ("seed-0", "turned")]
     data = json.loads((runs / "seed-0" / "comparison.json").read_text())
@@ -93,7 +96,10 @@ def test_a_comparison_is_one_run_per_stack_with_the_numbers_that_were_written(ru
     assert turned["metrics"]["difference/chair_i/low"] == data["stacks"]["turned"]["differences"]["chair_i"]["low"]
     assert (turned["config"]["project"], turned["config"]["tags"]) == ("paper", ["a"])
     assert set(turned["artifacts"]) == {"records"}
-    assert Kept.runs[0]["artifacts"]["report"]["comparison.json"] == (runs / "seed-0/comparison.json").read_bytes()
+    report = Kept.runs[0]["artifacts"]["report"]
+    assert set(report) == {"comparison.json", "report.html", *reports}
+    assert report["comparison.json"] == (runs / "seed-0/comparison.json").read_bytes()
+    assert Kept.runs[0]["artifacts"]["records"]["judgements.jsonl"] == b"none/judgements.jsonl"
 
 
 def test_nothing_is_logged_twice_unless_it_is_forced_and_then_as_the_same_run(
