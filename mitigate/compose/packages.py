@@ -11,6 +11,9 @@ from mitigate.compose.search_path import distribution_of
 from mitigate.compose.session import FILE_GROUPS, TUNED, Session
 from mitigate.discovery import BUILTIN_DISTRIBUTION
 
+#: Files that W&B reads, not Hydra.
+_SWEEPS = "sweep"
+
 
 @dataclass(frozen=True)
 class Brought:
@@ -57,7 +60,7 @@ def _unused(hydra: Session, path: str, distribution: str) -> str | None:
     if not group:
         own = distribution == BUILTIN_DISTRIBUTION and path == "config.yaml"
         return None if own else f"files belong into a group: {', '.join((*FILE_GROUPS, TUNED))}"
-    if group in FILE_GROUPS:
+    if group in FILE_GROUPS or group == _SWEEPS:
         return None
     if group != TUNED:
         return f"no such group; there are {', '.join((*FILE_GROUPS, TUNED))}"
