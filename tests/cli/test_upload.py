@@ -252,8 +252,14 @@ def test_nobody_is_logged_in(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("NETRC", os.devnull)
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["upload", str(runs / "single"), "tracker.mode=online"]) == 2
-    assert "wandb login" in capsys.readouterr().err
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    path = runs / "single" / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["tracker"] |= {"name": "wandb", "mode": "offline"}  # how it ran says nothing about now
+    path.write_text(json.dumps(record))
+    for mode in (["tracker.mode=online"], []):
+        assert main(["upload", str(runs / "single"), *mode]) == 2
+        assert "wandb login" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
