@@ -159,6 +159,7 @@ def help_text(command: str) -> str:
     hints = typing.get_type_hints(RunConfig)
     plain = [field for field in dataclasses.fields(RunConfig) if field.name in ("seed", "runs_dir", "name")]
     lines += [_key(key.name, type_name(hints[key.name]), _default(key)) for key in plain]
+    lines.append(_key("on_error", "str", "default stop; skip records a sample that fails, and goes on"))
     lines.append(_key("benchmark.KEY", "", "parameters of the benchmark, such as benchmark.limit=50"))
     return "\n".join(lines) + "\n" + ("" if command == "compare" else _METHOD_TEXT) + _RANK_TEXT
 

@@ -291,7 +291,10 @@ def test_plan_of_a_comparison_and_as_json(capsys: pytest.CaptureFixture[str]) ->
     ("argv", "parts"),
     [
         (["--help"], ["compare", "testbed", "Examples", "Exit codes"]),
-        (["run", "--help"], ["--multirun", "methods=[...]", "decoding.max_new_tokens", "default 128", "llava-1.5-7b"]),
+        (
+            ["run", "--help"],
+            ["--multirun", "on_error", "methods=[...]", "decoding.max_new_tokens", "default 128", "llava-1.5-7b"],
+        ),
         (["compare", "-h"], ["stacks=[none,NAME", "experiment="]),
         (["plan", "--help"], ["where it came from", "--json"]),
         (["list", "--help"], ["--json"]),

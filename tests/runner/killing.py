@@ -34,7 +34,7 @@ COUNTED = "counted"
 
 def once(folder: Path) -> None:
     """Run the comparison, or go on with it."""
-    install(setattr, FakeLoaded(pause=0.004))
+    install(setattr, FakeLoaded(pause=0.01))
     folder.parent.mkdir(exist_ok=True)
     with (folder.parent / COUNTED).open("ab", buffering=0) as counted:
         advance = StackProgress.advance
