@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -249,11 +250,12 @@ def test_what_cannot_be_uploaded_is_refused_in_one_line(
 
 
 def test_nobody_is_logged_in(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from wandb.sdk import wandb_setup
+
     monkeypatch.setenv("NETRC", os.devnull)
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    path = runs / "single" / "record.json"
+    settings = SimpleNamespace(mode="online", api_key=None, identity_token_file=None, base_url="https://w.example")
+    monkeypatch.setattr(wandb_setup, "singleton", lambda: SimpleNamespace(settings=settings))
+    path = runs / "single" / "config.json"
     record = json.loads(path.read_text())
     record["config"]["tracker"] |= {"name": "wandb", "mode": "offline"}  # how it ran says nothing about now
     path.write_text(json.dumps(record))
