@@ -75,6 +75,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     notes = []
     if result["other_model"]:
         notes.append(f"The published numbers are of another model ({result['other_model']}): no verdict is drawn.")
+    if result.get("weights"):
+        notes.append(f"Weights from {result['weights']}, taken to be those of {result['published_model']}.")
     if result["altered"]:
         notes.append(f"Not the full protocol: {', '.join(result['altered'])}. All numbers are of this try.")
     if result["images"] < FEW_IMAGES:

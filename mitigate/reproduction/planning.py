@@ -44,6 +44,8 @@ class Job:
         What was asked for that is not the paper's protocol.
     other_model
         Why the model that runs is not the paper's; no verdict is drawn then.
+    weights
+        Where the weights are from if somebody said so: nothing shows that they are those of the paper's model.
     notes
         Sentences of the composition.
     """
@@ -55,6 +57,7 @@ class Job:
     runs: Sequence[ResolvedRun]
     altered: tuple[str, ...] = ()
     other_model: str = ""
+    weights: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -211,14 +214,19 @@ def _job(hydra: Session, published: Published, model: str, protocol: Protocol, a
     notes: list[str] = []
     stacks = ",".join(published.stacks(model, protocol))
     tokens = [f"experiment={protocol.name}", f"model={model}", f"stacks=[{stacks}]", *asked.values]
+    runs = compose_comparison(tokens, notes, hydra)
+    path = str(runs[0].config["model"]["path"])
+    if path == TESTBED:
+        raise ConfigError(f"model.path={path}: these are no weights of {model}; model={TESTBED} tries the table on it")
     return Job(
         published=published,
         model=model,
         protocol=protocol,
         columns=protocol.columns,
-        runs=compose_comparison(tokens, notes, hydra),
+        runs=runs,
         altered=asked.altered,
         other_model=published.models[model].stand_in,
+        weights=path if "model.path" in asked.keys else "",
         notes=tuple(notes),
     )
 

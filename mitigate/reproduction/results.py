@@ -47,6 +47,7 @@ def result_of(job: Job, comparison: Mapping[str, Any]) -> dict[str, Any]:
             "vanilla": job.published.vanilla,
             "altered": list(job.altered),
             "other_model": job.other_model,
+            "weights": job.weights,
             "cells": _cells(job, comparison),
         }
     )

@@ -76,6 +76,10 @@ def test_every_table_has_a_dry_run_over_all_its_models(name: str, capsys: pytest
         (["scr-chair", "benchmark=mme"], "benchmark=mme: scr-chair has chair"),
         (["scr-chair", "stacks=[none]"], "stacks=[none]: the table fixes it"),
         (["scr-chair", "methods=[scr]"], "the table fixes it"),
+        (
+            ["scr-chair", "model=llava-1.5-7b", "model.path=testbed"],
+            "these are no weights of llava-1.5-7b; model=testbed",
+        ),
         (["scr-chair", "model.path=/x"], "model.path=/x: say which model of the table it belongs to"),
         (
             ["scr-chair", "model=llava-1.5-7b", "benchmark.limits=3"],

@@ -120,7 +120,9 @@ def test_differences_are_of_the_published_rows_and_paired_here() -> None:
 
 
 def test_another_model_gets_no_verdict_and_a_small_try_is_named() -> None:
-    result = result_of(make_job(COLUMNS, ROWS, other_model="the testbed", altered=("benchmark.limit=4",)), COMPARISON)
+    result = result_of(
+        make_job(COLUMNS, ROWS, other_model="the testbed", altered=("benchmark.limit=4",), weights="/a"), COMPARISON
+    )
     found = cells(result)
     assert {cell["verdict"] for cell in found.values()} == {None}
     assert found["locore", "Acc"]["difference"]["verdict"] == "same sign"
@@ -138,6 +140,7 @@ def test_another_model_gets_no_verdict_and_a_small_try_is_named() -> None:
     assert "no verdict is drawn" in text
     assert "Not the full protocol: benchmark.limit=4" in text
     assert "Only 10 pictures" in text
+    assert "Weights from /a, taken to be those of Small." in text
     assert "confirmed" not in text
 
 

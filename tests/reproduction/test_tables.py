@@ -213,6 +213,17 @@ def test_rows_have_the_published_parameters(name: str, tables: dict[str, Publish
             assert getattr(found[stack].methods[method], parameter) == value
 
 
+def test_what_is_published_never_reaches_a_run_and_every_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="reproduction"):
+        compose_run(["reproduction.table=x"])
+    with session() as hydra:
+        assert "models" in hydra.load_raw("experiment/sgrs-table1").reproduction
+        assert "reproduction" not in hydra.merge(["experiment=sgrs-table1"])
+        monkeypatch.setattr("omegaconf.OmegaConf.load", lambda *_: pytest.fail("a file is read again"))
+        assert "reproduction" not in hydra.merge(["experiment=sgrs-table1", "seed=3"])
+        assert hydra.load_raw("experiment/sgrs-table1").reproduction.table == "Table 1"
+
+
 def test_beam_search_is_one_row_and_not_the_others() -> None:
     runs = compose_comparison(["stacks=[none,beam]"])
     assert [run.config["decoding"]["num_beams"] for run in runs] == [1, 5]
