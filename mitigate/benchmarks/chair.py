@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mitigate.benchmarks.base import Benchmark, Sample, Span, SpanKind
-from mitigate.benchmarks.coco import pictures
+from mitigate.benchmarks.coco import other_names, pictures
 from mitigate.data import Source, data_folder
 from mitigate.data.catalogue import CHAIR
 from mitigate.errors import DataError
@@ -99,8 +99,7 @@ class Chair(Benchmark):
 
     def aliases(self, sample: Sample) -> Sequence[str]:
         """Return the file name, with and without its ending, and the id with leading zeros."""
-        name = self.truth(sample, "file").rpartition("/")[2]
-        return (name, name.removesuffix(".jpg"), sample.id.zfill(12), f"{sample.id.zfill(12)}.jpg")
+        return other_names(sample.id, self.truth(sample, "file"))
 
     def scorers(self) -> list[Scorer]:
         """Return CHAIR under the chosen lemmatizer."""

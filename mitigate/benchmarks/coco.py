@@ -99,6 +99,12 @@ def pictures(
     return [_picture(number, place, known, segmented=segmented) for number, place in chosen]
 
 
+def other_names(number: str, file: str) -> tuple[str, ...]:
+    """Return how else a predictions file may call a picture: its file, with and without ending, its id with zeros."""
+    name, padded = file.rpartition("/")[2], number.zfill(12)
+    return (name, name.removesuffix(".jpg"), padded, f"{padded}.jpg")
+
+
 def in_default_order(ids: Iterable[int]) -> list[int]:
     """Return ids by the sha256 of their decimal form: an arbitrary order that everybody finds again."""
     return sorted(ids, key=lambda number: hashlib.sha256(str(number).encode("ascii")).digest())
