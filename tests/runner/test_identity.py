@@ -174,9 +174,9 @@ def test_a_model_that_cannot_be_loaded_leaves_no_folder(
 def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
     loads: list[str], loaded: FakeLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mitigate import records
+    from mitigate import jsonfiles
 
-    real, calls = records.os.fsync, [0]
+    real, calls = jsonfiles.os.fsync, [0]
 
     def full(handle: int) -> None:
         calls[0] += 1
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
         real(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr(jsonfiles.os, "fsync", full)
         with pytest.raises(DataError, match=r"No space left on device\nfinished samples are kept.*the same command"):
             run(resolved(), tmp_path / "r", console=QUIET)
     assert 0 < len(read_samples(tmp_path / "r")) < 24
