@@ -104,7 +104,7 @@ def drift_rows(back: float, images: int = 20) -> list[Any]:
 
 @pytest.mark.parametrize("similarity", ["bhattacharyya", "jensen_shannon", "hellinger"])
 def test_drift_finds_words_that_fall_back(similarity: str) -> None:
-    diagnostic = Drift(early="0", middle="2-3", deep="4-5", similarity=similarity, resamples=300)
+    diagnostic = Drift(early="0", middle="2-3", deep="4-5", similarity=similarity, resamples=1000)
     found = diagnostic.analyse(drift_rows(0.2)).numbers
     assert found["regression/hallucinated-grounded"].value == pytest.approx(0.2, abs=0.02)
     assert found["regression/hallucinated-grounded"].p < 0.01
