@@ -12,6 +12,7 @@ from rich.console import Console
 from mitigate import __version__
 from mitigate.cli.exits import INTERRUPTED, OK, USER_ERROR
 from mitigate.errors import ConfigError, HookError, MitigateError
+from mitigate.processes import is_first_process, place, speaks
 
 #: Command -> ``module:function``; the function takes the remaining arguments and the console.
 COMMANDS = {
@@ -96,18 +97,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HookError:
         raise  # a method failed in the middle of a run: its author needs the traceback
     except MitigateError as error:
-        make_console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if speaks():
+            where = "" if is_first_process() else f" ({place()})"
+            line = f"error{where}: {error}"
+            make_console(stderr=True, helps=True).print(
+                line, style="red", markup=False, highlight=False, soft_wrap=True
+            )
         return USER_ERROR
     except KeyboardInterrupt:
         make_console(stderr=True).print("Interrupted.")
         return INTERRUPTED
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """Return a console that cuts nothing off when its output is no terminal."""
+def make_console(*, stderr: bool = False, helps: bool = False) -> Console:
+    """Return a console that cuts nothing off when its output is no terminal.
+
+    Of several processes of one run, only the first one is heard, unless one that ``helps`` has something to say, too.
+    """
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width)
+    return Console(stderr=stderr, width=width, quiet=not (helps or is_first_process()))
 
 
 def _dispatch(arguments: list[str], console: Console) -> int:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from mitigate.errors import ConfigError
 from mitigate.jsonfiles import write_json
+from mitigate.processes import is_first_process
 from mitigate.records import RunRecord
 from mitigate.report import write_report
-from mitigate.runner.folder import claim, is_first_process, refuse_run
+from mitigate.runner.folder import claim, refuse_run
 from mitigate.runner.identity import check_same_run
-from mitigate.runner.progress import StackProgress
+from mitigate.runner.progress import StackProgress, silent
 from mitigate.runner.results import summarise
 from mitigate.runner.single import ModelCache, run_stack
 from mitigate.runner.standalone import configured_tracker, notes_of, stored
@@ -82,19 +83,17 @@ def compare(
     DataError
         As `run_stack` does.
     """
-    from mitigate.runner.module import process_rank
-
-    directory = Path(directory)
+    directory, first = Path(directory), is_first_process()
     _check_comparable(resolved)
-    rank = process_rank()
-    with claim(directory) if is_first_process(rank) else nullcontext():
+    console = console if first else silent()
+    with claim(directory) if first else nullcontext():
         refuse_run(directory)
         for item in resolved:
             check_same_run(item, directory / item.stack_name)
         if tracker is None:
             tracker = configured_tracker(resolved[0], directory)
         records = _run_all(resolved, directory, console)
-        if rank != 0:
+        if not first:
             return None
         return _conclude(resolved, records, directory, console, tracker, command)
 

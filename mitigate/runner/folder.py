@@ -20,7 +20,7 @@ def claim(directory: Path, *, given: bool = False) -> Iterator[None]:
     """Make a folder, see that it can be written, and keep other processes out of it.
 
     The lock is the operating system's: it ends with the process, however that ends. Processes that help this one
-    must not claim the folder (`is_first_process`). A folder that was made here and is empty in the end is removed.
+    must not claim the folder (`mitigate.processes`). A folder that was made here and is empty in the end is removed.
 
     Parameters
     ----------
@@ -56,12 +56,6 @@ def claim(directory: Path, *, given: bool = False) -> Iterator[None]:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()  # only an empty one can be removed
-
-
-def is_first_process(rank: int) -> bool:
-    """Say whether this process owns the run's files: rank 0, on the first machine."""
-    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return rank == 0 and node == "0"
 
 
 def refuse_comparison(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lightning's part of a run: devices, processes, the order of batches. No other file of the runner knows Lightning."""
+"""Lightning's part of a run: devices, processes, the order of batches; only `processes` beside it knows Lightning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pytorch_lightning as lightning
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from mitigate.errors import ConfigError, MitigateError, UnsupportedModel, described
+from mitigate.processes import is_first_process
 from mitigate.records import RecordWriter, SampleRecord
+from mitigate.runner.devices import is_out_of_memory, place, release, synchronize
+from mitigate.runner.processes import Watch, agree, settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,6 +98,7 @@ class BatchDataModule(lightning.LightningDataModule):
         super().__init__()
         self.benchmark, self.batches, self.done, self.workers = benchmark, batches, done, workers
         self.skip = skip
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than batches are left
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's unfinished batches."""
@@ -141,22 +144,24 @@ class StackModule(lightning.LightningModule):
         skip: bool = False,
     ) -> None:
         super().__init__()
-        self.model = loaded.model
+        # No submodule: Lightning would move it, copy it from process to process, and take it off the device again.
         self.loaded, self.stack, self.arguments, self.seed = loaded, stack, dict(arguments), seed
         self.run_dir, self.done, self.advance, self.skip = run_dir, done, advance, skip
+        self.watch = Watch(run_dir)
         self._open = ExitStack()
         self._handle: Any = None
         self._writer: Any = None
         self._warm = False
 
     def on_predict_start(self) -> None:
-        """Attach the stack, now that the model is on its device."""
-        self._handle = self._open.enter_context(self.stack.attach(self.model, self.loaded.processor))
+        """Put the model on its device and attach the stack."""
+        place(self.loaded.model, self.device)
+        self._handle = self._open.enter_context(self.stack.attach(self.loaded.model, self.loaded.processor))
         self._writer = self._open.enter_context(RecordWriter(self.run_dir, self.trainer.global_rank))
         self._warm = False
 
     def on_predict_end(self) -> None:
-        """Detach the stack before Lightning moves the model."""
+        """Detach the stack."""
         self.close()
 
     def close(self) -> None:
@@ -170,8 +175,7 @@ class StackModule(lightning.LightningModule):
 
     def predict_step(self, data: tuple[Batch, list[Pictures]], batch_idx: int) -> None:
         """Generate one batch and append the records that are missing."""
-        if self.trainer.received_sigterm:  # Lightning only notes the signal; a scheduler expects the run to end
-            raise KeyboardInterrupt
+        self.watch.check(self.trainer)
         batch, pictures = data
         pairs = list(zip(batch.samples, pictures, strict=True))
         records = [_failed(sample, reason) for sample, reason in pairs if isinstance(reason, str)]
@@ -189,9 +193,12 @@ class StackModule(lightning.LightningModule):
             raise  # no sample's fault: every other one would fail too
         except Exception as error:
             if not self.skip:
+                if is_out_of_memory(error):
+                    raise _too_large(len(shown)) from error
                 raise
             if len(shown) == 1:
                 return [_failed(shown[0][0], _reason(error))]
+        release(self.loaded.model)  # after the exception is gone, and with it what its frames held
         return [record for one in shown for record in self._answers(batch, [one])]
 
     def _answer(self, batch: Batch, shown: Sequence[tuple[Sample, list[Image]]]) -> list[SampleRecord]:
@@ -202,10 +209,10 @@ class StackModule(lightning.LightningModule):
             self._warm = True
         # transformers samples from the global generator: a batch draws the same whatever ran before it.
         torch.manual_seed(self.seed * SEED_STRIDE + batch.index)
-        self._synchronize()
+        synchronize(self.loaded.model)
         started = time.perf_counter()
         sequences = self._generate(inputs, ids, batch.max_new_tokens)
-        self._synchronize()
+        synchronize(self.loaded.model)
         seconds = (time.perf_counter() - started) / len(ids)
         generated = _sequences(sequences)[:, inputs["input_ids"].shape[1] :].tolist()
         rows = zip([sample for sample, _ in shown], generated, self._handle.telemetry(), strict=True)
@@ -229,18 +236,14 @@ class StackModule(lightning.LightningModule):
             seconds=seconds,
         )
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _end_tokens(self) -> frozenset[int]:
-        end = self.model.generation_config.eos_token_id
+        end = self.loaded.model.generation_config.eos_token_id
         return frozenset() if end is None else frozenset(end if isinstance(end, list | tuple) else [end])
 
 
 def predict(
     module: StackModule, data: BatchDataModule, trainer_config: Mapping[str, Any], *, gradients: bool, folder: Path
-) -> int:
+) -> None:
     """Drive a module over its batches with a Lightning Trainer.
 
     Parameters
@@ -254,57 +257,57 @@ def predict(
     folder
         Lightning's root folder; nothing is written there.
 
-    Returns
-    -------
-    int
-        Rank of this process; results are merged by rank 0.
-
     Raises
     ------
+    ConfigError
+        If the machine, or the scheduler's job, has no such devices.
     KeyboardInterrupt
         On Ctrl-C, after everything is detached and closed.
+    SystemExit
+        In a process other than the first, if the run has failed: the first one tells why.
     """
-    interrupt = _Interrupt()
+    interrupt, failure = _Interrupt(), None
     with _quiet_lightning():
-        asked = {key: trainer_config[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
-        try:
-            trainer = lightning.Trainer(
-                **asked,
-                inference_mode=not gradients,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                callbacks=[interrupt],
-                default_root_dir=str(folder),
-            )
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-            settings = ", ".join(f"trainer.{key}={value}" for key, value in asked.items())
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{settings}: {reason}\nuse trainer=cpu, or ask for devices this machine has") from error
+        trainer = _trainer(trainer_config, inference_mode=not gradients, callbacks=[interrupt], folder=folder)
+        if is_first_process():
+            module.watch.clear()
         try:
             trainer.predict(module, datamodule=data, return_predictions=False)
         except SystemExit:
             if not interrupt.seen:
                 raise
             raise KeyboardInterrupt from None  # Lightning would end the process; here the caller decides
+        except Exception as error:
+            failure = error
         finally:
             module.close()
-        trainer.strategy.barrier("records")
-    return int(trainer.global_rank)
+    agree(failure, trainer, module.watch)
 
 
-def process_rank() -> int:
-    """Return this process's rank, also before a Trainer exists (launchers tell it through the environment)."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
+def _trainer(config: Mapping[str, Any], *, inference_mode: bool, callbacks: list[Any], folder: Path) -> Any:
+    try:
+        return lightning.Trainer(
+            **settings(config),
+            inference_mode=inference_mode,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+            default_root_dir=str(folder),
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        asked = ", ".join(f"trainer.{key}={config[key]}" for key in ("accelerator", "devices", "num_nodes", "strategy"))
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{asked}: {reason}\nuse trainer=cpu, or ask for devices this machine has") from error
 
 
 def cut_at_end(tokens: list[int], end_tokens: Collection[int]) -> tuple[list[int], bool]:
     """Drop the padding of a finished row: keep tokens up to and with the first end token, and say if there is one."""
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token in end_tokens:
-            return tokens[: place + 1], True
+            return tokens[: index + 1], True
     return tokens, False
 
 
@@ -323,7 +326,7 @@ def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's banners and advice to itself; its errors are exceptions."""
     loggers = [
         logging.getLogger(f"{name}{part}")
-        for name in ("pytorch_lightning", "lightning")
+        for name in ("pytorch_lightning", "lightning", "lightning_fabric")
         for part in ("", ".utilities.rank_zero")
     ]
     levels = [logger.level for logger in loggers]
@@ -342,6 +345,19 @@ def _sequences(output: Any) -> torch.Tensor:
     """Return the token ids of either form of ``generate``'s answer."""
     tokens: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
     return tokens
+
+
+def _too_large(samples: int) -> ConfigError:
+    """Return the error for a batch that does not fit into memory."""
+    if samples == 1:
+        return ConfigError(
+            "out of memory with a single sample; answers so far are kept\n"
+            "use a device with more memory, model.dtype=bfloat16, or a smaller decoding.max_new_tokens"
+        )
+    return ConfigError(
+        f"out of memory with {samples} samples at once; answers so far are kept\n"
+        f"the same command with on_error=skip answers such batches one by one; a smaller trainer.batch_size begins anew"
+    )
 
 
 def _failed(sample: Sample, reason: str) -> SampleRecord:

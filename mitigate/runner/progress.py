@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 10.0
 
 
+def silent() -> Console:
+    """Return a console that shows nothing: of several processes, the first one speaks."""
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
 class StackProgress:
     """One bar per stack and one for all of them.
 
@@ -80,8 +87,8 @@ class StackProgress:
             self._current = self._bars.add_task(name, total=total, completed=done, rate="")
 
     def advance(self, samples: int) -> None:
-        """Count finished samples."""
-        self._done += samples
+        """Count finished samples; those of other processes are estimated and never exceed the whole."""
+        self._done = min(self._done + samples, self._total)
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = (self._done - self._first) / seconds
         if self._current is not None:

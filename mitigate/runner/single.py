@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from mitigate.effects import totals
 from mitigate.errors import ConfigError, DataError
+from mitigate.processes import is_first_process
 from mitigate.records import RunRecord, SampleRecord, finished_ids
 from mitigate.runner.batches import Batch, generate_arguments, plan_batches
 from mitigate.runner.fingerprint import weights_of_loaded
-from mitigate.runner.folder import is_first_process
 from mitigate.runner.identity import changes_since, check_loaded_weights, check_same_run
 from mitigate.runner.progress import StackProgress
 from mitigate.runner.provenance import git_state, versions
@@ -129,9 +129,7 @@ def _finish(
     progress: StackProgress,
 ) -> RunRecord:
     """Generate what is missing, score everything, write the finished record."""
-    from mitigate.runner.module import process_rank
-
-    first = is_first_process(process_rank())
+    first = is_first_process()
     loaded = None
     if any(batch.missing(done) for batch in batches_of(resolved, stack=None)):
         # Before anything is written: a model that cannot be loaded leaves no folder behind.

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mitigate.runner.folder import claim, is_first_process, refuse_comparison
-from mitigate.runner.progress import StackProgress
+from mitigate.processes import is_first_process
+from mitigate.runner.folder import claim, refuse_comparison
+from mitigate.runner.progress import StackProgress, silent
 from mitigate.runner.results import summarise
 from mitigate.runner.single import ModelCache, run_stack
 from mitigate.runner.stored import StoredRun, graded_answers
@@ -49,15 +50,14 @@ def run(resolved: ResolvedRun, run_dir: Path, *, console: Console, tracker: Trac
     ConfigError, DataError
         As `run_stack` does; also if the folder cannot be written, is in use, or holds a comparison.
     """
-    from mitigate.runner.module import process_rank
-
-    run_dir, rank = Path(run_dir), process_rank()
-    with claim(run_dir) if is_first_process(rank) else nullcontext():
+    run_dir, first = Path(run_dir), is_first_process()
+    console = console if first else silent()
+    with claim(run_dir) if first else nullcontext():
         refuse_comparison(run_dir)
         tracker = tracker or configured_tracker(resolved, run_dir)
         with StackProgress(console) as progress:
             record = run_stack(resolved, run_dir, console=console, models=ModelCache(), progress=progress)
-        if rank == 0:
+        if first:
             _show(resolved, record, run_dir, console, tracker)
     return record
 

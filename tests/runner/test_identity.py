@@ -20,7 +20,7 @@ from mitigate.errors import ConfigError, DataError
 from mitigate.records import RunRecord, read_samples
 from mitigate.runner import compare, folder, run
 from mitigate.runner.fingerprint import weights_before_loading, weights_of_loaded
-from mitigate.runner.folder import claim, is_first_process
+from mitigate.runner.folder import claim
 from tests.runner.fake_world import FakeLoaded, FakeMethod, install, resolved
 
 QUIET = Console(quiet=True)
@@ -231,15 +231,6 @@ def test_a_loaders_process_that_outlives_a_killed_run_does_not_hold_the_lock(tmp
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-
-
-def test_only_the_first_process_of_a_launch_claims_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NODE_RANK", raising=False)
-    monkeypatch.delenv("GROUP_RANK", raising=False)
-    assert is_first_process(0)
-    assert not is_first_process(1)
-    monkeypatch.setenv("NODE_RANK", "1")
-    assert not is_first_process(0)
 
 
 @pytest.mark.parametrize("gone", ["config.json", "record.json"])
