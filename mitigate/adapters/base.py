@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from mitigate.adapters.spans import Batch, derive_layout
 from mitigate.core.facts import ModelFacts
-from mitigate.core.layout import ImageSpan, Role, TokenLayout
-from mitigate.errors import LayoutError, UnsupportedModel
+from mitigate.core.layout import ImageSpan, TokenLayout
+from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,6 +28,12 @@ class Adapter(ABC):
     """transformers' ``model_type``, and the name under which the adapter is registered."""
     spatial_grid: bool = True
     """Whether image tokens form a raster."""
+    causal_prompt: bool = True
+    """Whether prompt tokens see only what precedes them."""
+    needs_processor: bool = False
+    """Whether the layout needs tokens that only the tokenizer knows; without the processor a stack is refused."""
+    nested_images: bool = False
+    """Whether the processor takes one list of pictures per prompt, or all pictures of the batch in one."""
     api: ClassVar[int] = 1
     """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     tiny: ClassVar[str | None] = None
@@ -35,21 +41,38 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------------------------------------------ the model
 
+    def entry(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the module that ``generate`` calls once per step: the whole model, unless generation is delegated."""
+        return model
+
     def decoder_layers(self, model: PreTrainedModel) -> Sequence[Any]:
         """Return the blocks of the text decoder, first to last."""
-        return cast("Sequence[Any]", model.get_decoder().layers)
+        return cast("Sequence[Any]", self.entry(model).get_decoder().layers)
 
     def decoder_config(self, model: PreTrainedModel) -> PretrainedConfig:
         """Return the configuration object the decoder's attention modules share."""
         return cast("PretrainedConfig", model.config.get_text_config(decoder=True))
 
+    def attention(self, layer: Any) -> nn.Module:
+        """Return the self-attention of a block."""
+        return cast(nn.Module, layer.self_attn)
+
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """Return the norm between the last block and the unembedding: a scale without shift (RMSNorm)."""
-        return cast(nn.Module, model.get_decoder().norm)
+        return cast(nn.Module, self.entry(model).get_decoder().norm)
+
+    def unembedding(self, model: PreTrainedModel) -> nn.Module:
+        """Return the linear map from the normed residual stream to the logits."""
+        return cast(nn.Module, self.entry(model).get_output_embeddings())
+
+    def logits(self, model: PreTrainedModel, logits: Tensor) -> Tensor:
+        """Return what the model makes of its unembedding's output ``[..., V]``: a soft cap, where it has one."""
+        cap = getattr(self.decoder_config(model), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def output_projection(self, layer: Any) -> nn.Module:
         """Return the linear map from the concatenated heads of a block to the residual stream."""
-        return cast(nn.Module, layer.self_attn.o_proj)
+        return cast(nn.Module, self.attention(layer).o_proj)
 
     def mlp(self, layer: Any) -> nn.Module:
         """Return the MLP of a block; its input and output are ``[B, Q, D]``."""
@@ -65,9 +88,23 @@ class Adapter(ABC):
         """
         raise UnsupportedModel(f"{self.family}: the blocks of the vision tower are not known")
 
-    @abstractmethod
     def projector(self, model: PreTrainedModel) -> nn.Module:
-        """Return the module whose output is the projected image features ``[images, N, D]``."""
+        """Return the module whose output is the projected image features; see `features`.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the family has none, or its adapter does not know it.
+        """
+        raise UnsupportedModel(f"{self.family}: the module that projects image features is not known")
+
+    def features(self, output: Tensor, layout: TokenLayout) -> list[Tensor]:
+        """Divide the projector's output into the features of every picture, each ``[N, D]``."""
+        return list(output)
+
+    def joined(self, features: Sequence[Tensor], output: Tensor) -> Tensor:
+        """Put features back into the form in which the projector gave them (``output``)."""
+        return torch.stack(list(features))
 
     def facts(self, model: PreTrainedModel) -> ModelFacts:
         """Read the geometry off a loaded model."""
@@ -83,13 +120,39 @@ class Adapter(ABC):
             kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             spatial_grid=self.spatial_grid,
             vision_layers=getattr(getattr(config, "vision_config", None), "num_hidden_layers", None),
+            causal_prompt=self.causal_prompt,
+            attention_layers=_attention_layers(text),
         )
 
     # ----------------------------------------------------------------------------------------------------- the layout
 
+    def image_tokens(self, config: Any) -> tuple[int, ...]:
+        """Return the ids of the placeholders in whose place the model puts image (and video) features."""
+        ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        return tuple(token for token in ids if token is not None)
+
+    def separators(self, model: PreTrainedModel, processor: ProcessorMixin | None) -> frozenset[int]:
+        """Return the ids of tokens that mark an image's begin, end or parts, and are text to the model."""
+        return frozenset()
+
+    def picture_facts(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
+        """Return what the processor said of every picture and of every video of a batch, in order.
+
+        ``None`` where it said nothing, so that their number is not known either.
+        """
+        pixels = inputs.get("pixel_values")
+        return (None if pixels is None else [None] * len(pixels)), None
+
     @abstractmethod
-    def image_spans(self, model: PreTrainedModel, row: Tensor, inputs: Mapping[str, Any]) -> list[ImageSpan]:
-        """Return the images of one row of token ids ``[P]`` from left to right, ``image`` counted from 0.
+    def image_spans(self, row: Tensor, batch: Batch) -> list[ImageSpan]:
+        """Return the rasters of one row of token ids ``[P]`` from left to right.
+
+        Parameters
+        ----------
+        batch
+            Gives the number of the next picture or video, and what the processor said of it.
 
         Raises
         ------
@@ -98,7 +161,12 @@ class Adapter(ABC):
         """
 
     def layout(
-        self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        mask: Tensor | None,
+        inputs: Mapping[str, Any],
+        processor: ProcessorMixin | None = None,
     ) -> TokenLayout:
         """Derive the roles of a batch of prompts.
 
@@ -110,41 +178,38 @@ class Adapter(ABC):
             ``[B, P]`` attention mask, or ``None`` when nothing is padded.
         inputs
             The other inputs of the forward (image sizes, grids).
+        processor
+            The model's processor, where it is known.
 
         Raises
         ------
         LayoutError
             If prompts are padded on the right, the mask has another shape, or the image tokens fit no image.
+        ConfigError
+            If the family needs the processor and there is none.
         """
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if mask.shape != ids.shape:
-            raise LayoutError(
-                f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} (batch, prompt)"
+        if self.needs_processor and processor is None:
+            raise ConfigError(
+                f"{self.family}: only the tokenizer knows which tokens frame a picture; attach with the processor:"
+                " stack.attach(model, processor)"
             )
-        if not bool(mask[:, -1].all()):
-            raise LayoutError("prompts are padded on the right; set processor.tokenizer.padding_side = 'left'")
-        roles = torch.where(mask.bool(), int(Role.PROMPT), int(Role.PAD)).to(torch.int8)
-        rows: list[tuple[ImageSpan, ...]] = []
-        count = 0
-        image_tokens = ids == model.config.image_token_id
-        for index in range(ids.shape[0]):
-            spans = self.image_spans(model, ids[index], inputs)
-            if spans:
-                first = int(image_tokens[index].int().argmax())
-                before = torch.arange(ids.shape[1], device=ids.device) < first
-                roles[index, before & mask[index].bool()] = int(Role.SYSTEM)
-            rows.append(tuple(dataclasses.replace(span, image=span.image + count) for span in spans))
-            count += len({span.image for span in spans})
-        roles[image_tokens] = int(Role.IMAGE)
-        return TokenLayout(roles, tuple(rows), ids.shape[1])
+        return derive_layout(self, Batch(model, processor, inputs, *self.picture_facts(model, inputs)), ids, mask)
 
-    def positions(self, mask: Tensor) -> Tensor:
-        """Return the position ids ``[B, L]`` of a left-padded batch with mask ``[B, L]``: text and images in one line.
+    # ------------------------------------------------------------------------------------------- whole prompts, by hand
 
-        A family whose positions depend on the images (rows and columns of a picture) overrides this.
+    def prompt_inputs(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, pictures: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what a forward over whole prompts needs besides ids, mask and pictures: positions, token types.
+
+        Parameters
+        ----------
+        ids, mask
+            ``[B, P]`` left-padded prompts and their mask.
+        pictures
+            The inputs that carry their pictures; empty without.
         """
-        return (mask.long().cumsum(1) - 1).clamp_min(0)
+        return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
 
     def whole_prompt(self, inputs: Mapping[str, Any], request: Request) -> dict[str, Any]:
         """Turn the inputs of the first forward into those of a cacheless pass over the whole prompt.
@@ -157,67 +222,91 @@ class Adapter(ABC):
         UnsupportedModel
             If the prompt arrives in chunks: then so do its images.
         """
-        layout = request.layout
+        layout, ids = request.layout, request.ids
         length = layout.prompt_length
-        if inputs["input_ids"].shape[1] < length - 1:
+        embeds = inputs.get("inputs_embeds")
+        known = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+        if known < length - 1:
             raise UnsupportedModel(
                 "a diagnostic pass needs the whole prompt at once; leave prefill_chunk_size and past_key_values unset"
             )
-        mask = layout.valid[:, :length].long()
-        dropped = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "labels"}
+        dropped = {"past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels"}
         kept = {name: value for name, value in inputs.items() if name not in dropped}
+        if "logits_to_keep" in kept:  # not every family knows it
+            kept["logits_to_keep"] = 1
+        if embeds is None:
+            whole = {"input_ids": ids[:, :length]}
+        else:
+            rest = self.entry(request.bus.model).get_input_embeddings()(ids[:, known:length])
+            whole = {"inputs_embeds": torch.cat([embeds, rest], 1)}
         return {
             **kept,
-            "input_ids": request.ids[:, :length],
-            "attention_mask": mask,
-            "position_ids": self.positions(mask),
+            **whole,
+            "attention_mask": layout.valid[:, :length].long(),
+            "position_ids": request.positions(length),
             "use_cache": False,
-            "logits_to_keep": 1,
             "return_dict": True,
         }
 
     # ----------------------------------------------------------------------------------------------------- the images
 
-    def images(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Return the pixels of every image as the processor made them, from the inputs of a request.
+    def images(self, inputs: Mapping[str, Any], layout: TokenLayout) -> list[Tensor]:
+        """Return the pixels of every picture as the processor made them, from the inputs of a request.
 
         Raises
         ------
         UnsupportedModel
-            If the images came encoded already.
+            If the pictures came encoded already.
         """
         pixels = inputs.get("pixel_values")
         if pixels is None and inputs.get("mm_encoder_outputs") is not None:
             raise UnsupportedModel("the images came encoded; give pixel_values, which the stack needs")
         return [] if pixels is None else list(pixels)
 
-    def with_images(self, inputs: Mapping[str, Any], images: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the inputs with other pixels in place of every image's."""
+    def with_images(self, inputs: Mapping[str, Any], images: Sequence[Tensor], layout: TokenLayout) -> dict[str, Any]:
+        """Return the inputs with other pixels in place of every picture's."""
         return {**inputs, "pixel_values": torch.stack(list(images))} if images else dict(inputs)
 
-    def chosen_images(self, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
-        """Return the image inputs of a batch whose images are the given ones, in this order, repeated or not."""
-        images = self.images(inputs)
-        return self.with_images({}, [images[index] for index in wanted])
+    def chosen_images(self, inputs: Mapping[str, Any], wanted: Sequence[int], layout: TokenLayout) -> dict[str, Any]:
+        """Return the image inputs of a batch whose pictures are the given ones, in this order, repeated or not."""
+        images = self.images(inputs, layout)
+        return self.with_images({}, [images[index] for index in wanted], layout)
 
-    def image_pixels(self, inputs: Mapping[str, Any], image: int) -> Tensor:
-        """Return one image's pixels as the processor made them, from the inputs of a request.
+    def image_pixels(self, inputs: Mapping[str, Any], image: int, layout: TokenLayout) -> Tensor:
+        """Return one picture's pixels as the processor made them, from the inputs of a request.
 
         Raises
         ------
         UnsupportedModel
-            If the images came in another form.
+            If the pictures came in another form.
         """
-        images = self.images(inputs)
+        images = self.images(inputs, layout)
         if image >= len(images):
             raise UnsupportedModel("the request brings no pixel_values to tell its images apart")
         return images[image]
 
-    def without_images(self, model: PreTrainedModel, row: Tensor) -> Tensor:
-        """Return the token ids ``[n]`` of a prompt without its images; a family drops its separators here too."""
-        return row[row != model.config.image_token_id]
+    def without_images(self, model: PreTrainedModel, row: Tensor, processor: ProcessorMixin | None) -> Tensor:
+        """Return the token ids ``[n]`` of a prompt without its pictures and the tokens that frame them."""
+        dropped = [*self.image_tokens(model.config), *self.separators(model, processor)]
+        return row[~torch.isin(row, torch.tensor(dropped, device=row.device))]
 
     # ----------------------------------------------------------------------------------------------------- the inputs
+
+    def prompt_text(self, processor: ProcessorMixin, prompt: str, pictures: int) -> str:
+        """Return the text of a user's turn as the family's processor takes it, pictures first.
+
+        Raises
+        ------
+        ConfigError
+            If the processor has no chat template.
+        """
+        if getattr(processor, "chat_template", None) is None:
+            raise ConfigError(
+                f"{self.family}: the processor has no chat template; give one: model.chat_template=FILE.jinja"
+            )
+        content = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": prompt}]
+        text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return text
 
     def inputs(
         self,
@@ -235,15 +324,23 @@ class Adapter(ABC):
         images
             Per prompt its pictures; they come before the text.
         """
-        texts = []
-        for prompt, pictures in zip(prompts, images, strict=True):
-            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
-            texts.append(
-                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            )
+        texts = [
+            self.prompt_text(processor, prompt, len(pictures)) for prompt, pictures in zip(prompts, images, strict=True)
+        ]
         flat = [picture for pictures in images for picture in pictures]
-        batch = processor(text=texts, images=flat or None, return_tensors="pt", padding=True, padding_side="left")
+        given: Any = [list(pictures) for pictures in images] if self.nested_images else flat
+        batch = processor(
+            text=texts, images=given if flat else None, return_tensors="pt", padding=True, padding_side="left"
+        )
         return cast("BatchFeature", batch.to(model.device, dtype=model.dtype))
+
+
+def _attention_layers(text: Any) -> tuple[int, ...] | None:
+    """Return the decoder blocks with attention over all or the latest keys; ``None`` where no kinds are told."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return None
+    return tuple(index for index, kind in enumerate(kinds) if kind in ("full_attention", "sliding_attention"))
 
 
 def runs(mask: Tensor) -> list[tuple[int, int]]:

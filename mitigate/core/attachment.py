@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import dropwhile
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from mitigate.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from mitigate.adapters.base import Adapter
 
 #: Entries of the shared memory; what was used least recently is dropped.
 CAPACITY = 256
@@ -29,12 +32,14 @@ class Attachment:
     ----------
     model
         The whole vision-language model.
+    adapter
+        The adapter of its family.
     processor
         Its processor, or ``None``.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
-        self._model, self._processor = model, processor
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, processor: ProcessorMixin | None) -> None:
+        self._model, self._adapter, self.processor = model, adapter, processor
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
 
     def shared(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -49,7 +54,7 @@ class Attachment:
     def vocabulary(self, device: torch.device) -> Vocabulary:
         """See `Request.vocabulary`."""
         tokenizer = self._tokenizer()
-        size = self._model.get_output_embeddings().weight.shape[0]
+        size = len(cast(Tensor, self._adapter.unembedding(self._model).weight))
         vocabulary: Vocabulary = self.shared(
             ("vocabulary", str(device)), lambda: Vocabulary.of(tokenizer, size, device)
         )
@@ -61,9 +66,9 @@ class Attachment:
         return found
 
     def _tokenizer(self) -> Any:
-        if self._processor is None:
+        if self.processor is None:
             raise ConfigError("a method needs to know words; attach with the processor: stack.attach(model, processor)")
-        return getattr(self._processor, "tokenizer", self._processor)
+        return getattr(self.processor, "tokenizer", self.processor)
 
     def question(self, ids: Tensor, layout: TokenLayout) -> Tensor | None:
         """Find the user's own words in prompts made with the processor's chat template.
@@ -93,28 +98,31 @@ class Attachment:
             first, last = start + len(head), ids.shape[1] - len(tail)
             if first > last or not torch.equal(ids[row, start:first], head) or not torch.equal(ids[row, last:], tail):
                 return None
-            inside[row] = (columns >= first) & (columns < last) & (layout.prompt_roles[row] != Role.IMAGE)
+            inside[row] = (columns >= first) & (columns < last) & (layout.prompt_roles[row] == Role.PROMPT)
         return inside
 
     def _affixes(self) -> tuple[list[int], list[int]] | None:
         """Tokens the template puts between a picture and the user's words, and after them."""
-        image = getattr(self._model.config, "image_token_id", None)
-        if image is None or getattr(self._processor, "chat_template", None) is None:
+        if getattr(self.processor, "chat_template", None) is None:
             return None
-        bare, full = (self._after_picture(words, image) for words in ("", _ANY_WORDS))
+        bare, full = (self._after_picture(words) for words in ("", _ANY_WORDS))
         if bare is None or full is None:
             return None
         tail = _common(bare[::-1], full[::-1])
         head = min(_common(bare, full), len(bare) - tail)
         return full[:head], full[len(full) - tail :]
 
-    def _after_picture(self, words: str, image: int) -> list[int] | None:
+    def _after_picture(self, words: str) -> list[int] | None:
         content = [{"type": "image"}, {"type": "text", "text": words}]
         message = [{"role": "user", "content": content}]
-        text = self._processor.apply_chat_template(message, add_generation_prompt=True)  # type: ignore[union-attr]
-        tokens: list[int] = self._processor.tokenizer(text)["input_ids"]  # type: ignore[union-attr]
-        places = [place for place, token in enumerate(tokens) if token == image]
-        return tokens[places[-1] + 1 :] if places else None
+        text = self.processor.apply_chat_template(message, add_generation_prompt=True)  # type: ignore[union-attr]
+        tokens: list[int] = self.processor.tokenizer(text)["input_ids"]  # type: ignore[union-attr]
+        images = self._adapter.image_tokens(self._model.config)
+        places = [place for place, token in enumerate(tokens) if token in images]
+        if not places:
+            return None
+        marks = self._adapter.separators(self._model, self.processor)
+        return list(dropwhile(lambda token: token in marks, tokens[places[-1] + 1 :]))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ would silently build no causal mask at all for our name.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ ATTENTION_NAME = "mitigate"
 SERVED_BY: weakref.WeakKeyDictionary[nn.Module, AttentionPoints] = weakref.WeakKeyDictionary()
 
 #: Keyword arguments that change the arithmetic of attention in ways the exact rows do not reproduce.
-_UNSERVED = ("softcap", "s_aux", "position_bias", "cache")
+_UNSERVED = ("s_aux", "position_bias", "cache")
 
 
 def mitigate_attention(
@@ -78,6 +79,30 @@ def fused(
     return output
 
 
+def eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    start: int,
+) -> Tensor:
+    """Run the eager attention of the module's own model file, ``[B, Q, H, d]``: what a model loaded as eager runs.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the file has none.
+    """
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise UnsupportedModel(f"{type(module).__name__} has no eager attention; load the model with attention 'sdpa'")
+    seen = mask if mask is None and query.shape[2] == 1 else additive(mask, query, key, start)
+    output: Tensor = function(module, query, key, value, seen, **kwargs)[0]
+    return output
+
+
 def refuse_unserved(layer: int, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedModel` for a layer whose attention has terms the exact rows would miss."""
     for name in _UNSERVED:
@@ -113,7 +138,13 @@ def additive(mask: Tensor | None, query: Tensor, key: Tensor, start: int) -> Ten
 
 
 def row_scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, local: Tensor, positions: Tensor
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    local: Tensor,
+    positions: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     """Masked, scaled scores of chosen query rows, without repeating grouped keys.
 
@@ -125,6 +156,8 @@ def row_scores(
         ``[R]`` row indices into Q.
     positions
         ``[R]`` their columns in the sequence.
+    softcap
+        Scores are ``softcap * tanh(scores / softcap)`` before the mask.
 
     Returns
     -------
@@ -137,6 +170,8 @@ def row_scores(
     rows = (query if len(local) == query.shape[2] else query[:, :, local]).to(exact) * scaling
     scores = rows.reshape(batch, groups, -1, width) @ key.to(exact).transpose(-1, -2)
     scores = scores.view(batch, heads, len(local), keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     lowest = torch.finfo(exact).min
     if mask is None and query.shape[2] == 1:
         return scores  # a single cached step sees every key

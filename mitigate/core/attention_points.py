@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from mitigate.core.frame import Frame, RowSelection
 from mitigate.core.plan import BoundSubscription
 from mitigate.core.points import FINAL, ROW_POINTS, Access, Phase, Point, Rows, Subscription
 from mitigate.core.request import Request
-from mitigate.errors import HookError, UnsupportedModel
+from mitigate.errors import HookError
 
 if TYPE_CHECKING:
     from mitigate.core.bus import HookBus
@@ -26,11 +26,23 @@ class AttentionPoints:
 
     Layers, phases and rows nobody asked for go through fused attention untouched. Rows that are asked for are
     recomputed exactly, handed to the methods in stack order (scores before weights), and put back if changed.
+
+    A layer with a sliding window keeps only the latest keys. Methods see the columns of the others too, with no weight:
+    a key's place is its column in every layer.
+
+    Parameters
+    ----------
+    bus
+        Serves the requests.
+    modules
+        Layer -> its attention.
+    eager
+        Whether the model was loaded with eager attention; otherwise rows nobody asks for are SDPA's.
     """
 
-    def __init__(self, bus: HookBus, modules: Sequence[nn.Module]) -> None:
-        self._bus = bus
-        self._index = {id(module): index for index, module in enumerate(modules)}
+    def __init__(self, bus: HookBus, modules: Mapping[int, nn.Module], *, eager: bool = False) -> None:
+        self._bus, self._eager = bus, eager
+        self._index = {id(module): index for index, module in modules.items()}
         self._plan = {
             (phase, index): [
                 item
@@ -40,7 +52,7 @@ class AttentionPoints:
                 if phase in item.subscription.phases
             ]
             for phase in Phase
-            for index in range(len(modules))
+            for index in modules
         }
 
     def attend(
@@ -51,10 +63,12 @@ class AttentionPoints:
         request = self._bus.request
         frame = request.frame if request else None
         if request is None or frame is None:
-            return attention.fused(module, query, key, value, mask, kwargs)
+            return self._base(module, query, key, value, mask, kwargs, key.shape[2] - query.shape[2])
+        hidden = max(frame.stop - key.shape[2], 0)  # keys that a sliding window has let go
+        start = frame.start - hidden
         items = [item for item in self._plan[frame.phase, layer] if self._bus.serves(item, frame)]
-        mask = self._masked(items, layer, request, frame, query, key, mask)
-        value = self._scaled(items, layer, request, frame, value)
+        mask = self._masked(items, layer, request, frame, query, key, mask, hidden)
+        value = self._scaled(items, layer, request, frame, value, hidden)
         asked: list[tuple[BoundSubscription, RowSelection]] = []
         for item in items:
             if item.subscription.point not in ROW_POINTS:
@@ -63,20 +77,40 @@ class AttentionPoints:
             if selection is not None:
                 asked.append((item, selection))
         if not asked:
-            return attention.fused(module, query, key, value, mask, kwargs)
+            return self._base(module, query, key, value, mask, kwargs, start)
         attention.refuse_unserved(layer, kwargs)
-        if key.shape[2] < frame.stop:
-            raise UnsupportedModel(f"layer {layer} keeps only {key.shape[2]} of {frame.stop} keys (sliding window)")
-        base = attention.fused(module, query, key, value, mask, kwargs)
+        base = self._base(module, query, key, value, mask, kwargs, start)
         local = _union([selection.local for _, selection in asked])
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         # autocast would take the exact rows down to half precision
         with torch.autocast(query.device.type, enabled=False) if _autocast(query) else nullcontext():
-            scores = attention.row_scores(query, key, mask, scaling, local, local + frame.start)
+            softcap = kwargs.get("softcap")
+            scores = attention.row_scores(query, key, mask, scaling, local, local + start, softcap)
+            if hidden:
+                scores = nn.functional.pad(scores, (hidden, 0), value=torch.finfo(scores.dtype).min)
+                value = nn.functional.pad(value, (0, 0, hidden, 0))
             probs, edited = self._edit(asked, layer, request, frame, local, scores, value)
             if edited is None and not probs.requires_grad:
                 return base
+            if hidden and edited is not None:  # what a method puts on a key that is gone reaches nothing
+                lost = probs.detach()[..., :hidden].sum((1, 2, 3)) / probs.shape[1]
+                request.totals.count("weight_on_lost_keys", lost)
             return attention.splice(base, attention.mix_values(probs, value).to(base.dtype), local, edited)
+
+    def _base(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+        start: int,
+    ) -> Tensor:
+        """Compute attention as the model was loaded with it; ``start`` is the first row's place among the keys."""
+        if self._eager:
+            return attention.eager(module, query, key, value, mask, kwargs, start)
+        return attention.fused(module, query, key, value, mask, kwargs)
 
     def _masked(
         self,
@@ -87,37 +121,43 @@ class AttentionPoints:
         query: Tensor,
         key: Tensor,
         mask: Tensor | None,
+        hidden: int,
     ) -> Tensor | None:
         """Let the methods edit which keys are seen; without them the mask stays what transformers made it."""
         for item in items:
             if item.subscription.point is not Point.ATTENTION_MASK:
                 continue
-            known = attention.additive(mask, query, key, frame.start)
+            known = attention.additive(mask, query, key, frame.start - hidden)
+            if hidden:
+                known = nn.functional.pad(known, (hidden, 0), value=torch.finfo(known.dtype).min)
             event = AttentionMask(**frame.event(request), layer=layer, mask=known, start=frame.start)
             new = self._bus.returned(item, event, known)
             if new is not None and not torch.equal(new, known):  # the kernel for no mask is not that for an equal one
-                mask = torch.where(request.finished.to(new.device)[:, None, None, None], known, new)
-                changed = (mask[:, 0, -1] != known[:, 0, -1]).sum(1)
+                mask = torch.where(request.finished.to(new.device)[:, None, None, None], known, new)[..., hidden:]
+                changed = (mask[:, 0, -1] != known[:, 0, -1, hidden:]).sum(1)
                 request.state(item.key).count("keys_masked", changed)
         return mask
 
     def _scaled(
-        self, items: Sequence[BoundSubscription], layer: int, request: Request, frame: Frame, value: Tensor
+        self, items: Sequence[BoundSubscription], layer: int, request: Request, frame: Frame, value: Tensor, hidden: int
     ) -> Tensor:
         """Multiply the values by the methods' gains; the cache keeps them as they are."""
         for item in items:
             if item.subscription.point is not Point.VALUE_SCALE:
                 continue
-            gain = self._bus.call(item, ValueScale(**frame.event(request), layer=layer, values=value))
+            seen = nn.functional.pad(value, (0, 0, hidden, 0)) if hidden else value
+            gain = self._bus.call(item, ValueScale(**frame.event(request), layer=layer, values=seen))
             if gain is None:
                 continue
-            batch, groups, keys, _ = value.shape
+            batch, groups, keys, _ = seen.shape
             if gain.shape not in ((batch, 1, keys), (batch, groups, keys)):
                 raise HookError(
                     f"{item.key} returned a gain of shape {tuple(gain.shape)} at layer {layer}; "
                     f"expected {(batch, 1, keys)} or {(batch, groups, keys)}"
                 )
-            gain = torch.where(request.finished.to(gain.device)[:, None, None], torch.ones_like(gain), gain)
+            gain = torch.where(request.finished.to(gain.device)[:, None, None], torch.ones_like(gain), gain)[
+                ..., hidden:
+            ]
             request.state(item.key).count("keys_scaled", (gain != 1).any(1).sum(1))
             value = value * gain[..., None].to(value.dtype)
         return value

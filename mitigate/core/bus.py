@@ -78,8 +78,9 @@ class HookBus:
         processor: ProcessorMixin | None = None,
     ) -> None:
         self.model = model
-        self.attachment = Attachment(model, processor)
+        self.attachment = Attachment(model, adapter, processor)
         self.adapter = adapter
+        self.entry = adapter.entry(model)
         self.methods = dict(methods)
         self.facts = adapter.facts(model)
         self.bound = bind(self.methods, self.facts)
@@ -90,7 +91,7 @@ class HookBus:
         direct = any(item.subscription.access is Access.DIRECT for item in self.bound)
         self.direct = DirectPath(model, adapter) if direct else None
         self._points: AttentionPoints | None = None
-        self._forward_names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._forward_names = list(inspect.signature(type(self.entry).forward).parameters)[1:]
         self._diagnosing = False
         self._model_error: Exception | None = None
         self._prefill_inputs: dict[str, Any] = {}
@@ -123,8 +124,8 @@ class HookBus:
 
     def install(self, undo: ExitStack) -> None:
         """Put hooks where the stack needs them; every change pushes its own undo."""
-        undo.callback(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
-        undo.callback(self.model.register_forward_hook(self._after_forward).remove)
+        undo.callback(self.entry.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        undo.callback(self.entry.register_forward_hook(self._after_forward).remove)
         LayerPoints(self).install(undo)
         if self.direct is not None:
             self.direct.install(undo)
@@ -134,20 +135,22 @@ class HookBus:
     def _install_attention(self, undo: ExitStack) -> None:
         attention.register()
         config = self.adapter.decoder_config(self.model)
-        modules = [layer.self_attn for layer in self._layers]
-        strangers = [module for module in modules if getattr(module, "config", None) is not config]
+        layers = self.facts.attention_layers
+        served = range(len(self._layers)) if layers is None else layers
+        modules = {index: self.adapter.attention(self._layers[index]) for index in served}
+        strangers = [module for module in modules.values() if getattr(module, "config", None) is not config]
         if strangers:
             raise UnsupportedModel(f"{type(strangers[0]).__name__} does not share the decoder's configuration")
         name = config._attn_implementation_internal
         if name == attention.ATTENTION_NAME:
             raise StackConflict("another model that shares this configuration object carries a stack; copy the config")
-        if name not in ("sdpa", None):
+        if name not in ("sdpa", "eager", None):
             warnings.warn(f"attention {name!r} is replaced by 'sdpa' while the stack is attached", stacklevel=5)
-        self._points = AttentionPoints(self, modules)
+        self._points = AttentionPoints(self, modules, eager=name == "eager")
         # the setter would walk into sub-configurations; only the text decoder's own entry is ours to change
         undo.callback(_restore_attention, config, name)
         config._attn_implementation_internal = attention.ATTENTION_NAME
-        for module in modules:
+        for module in modules.values():
             undo.callback(attention.SERVED_BY.pop, module, None)
             attention.SERVED_BY[module] = self._points
 
@@ -223,12 +226,10 @@ class HookBus:
         if self._diagnosing:  # its frame is already set
             return None
         inputs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise LayoutError("inputs_embeds without input_ids: token roles cannot be known; pass input_ids")
         self._refuse_inputs(inputs)
         cache = inputs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        ids = self._ids_of(inputs, past)
         known = self.request
         request = self._continued(ids, cache, past, inputs)
         edited = None
@@ -240,6 +241,8 @@ class HookBus:
             request.expand(ids.shape[0])
         request.lineage.follow(ids, past, cache)
         frame = request.advance(past, past + ids.shape[1], ids[:, -1])
+        if past < request.layout.prompt_length:
+            request.note_positions(inputs.get("position_ids"), past)
         frame.gradient = torch.is_grad_enabled() and bool(self.gradient_layers)
         if not request.began:
             request.began = True
@@ -255,6 +258,18 @@ class HookBus:
             request.streams.follow(ids, past)
         self._lifecycle(Point.STEP_BEGIN)
         return edited
+
+    def _ids_of(self, inputs: Mapping[str, Any], past: int) -> Tensor:
+        """Return the token ids of a forward; a delegated ``generate`` gives embeddings in place of the prompt's."""
+        ids, embeds, request = inputs.get("input_ids"), inputs.get("inputs_embeds"), self.request
+        if ids is not None:
+            return cast(Tensor, ids)
+        if self.entry is self.model or request is None or not request.generating or embeds is None:
+            raise LayoutError(
+                "inputs_embeds without input_ids: token roles cannot be known; pass input_ids to generate"
+            )
+        copies = embeds.shape[0] // request.ids.shape[0]
+        return request.ids[:, past : past + embeds.shape[1]].repeat_interleave(copies, 0)
 
     def _refuse_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Refuse forwards in which methods would silently not act, or the caller not get what is asked for."""
@@ -320,7 +335,7 @@ class HookBus:
 
     def new_request(self, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any], **options: Any) -> Request:
         """Derive the layout of a batch of prompts and make the request that carries it."""
-        layout = self.adapter.layout(self.model, ids, mask, inputs)
+        layout = self.adapter.layout(self.model, ids, mask, inputs, self.attachment.processor)
         layout = dataclasses.replace(layout, question=self.attachment.question(ids, layout))
         return Request(self, layout, ids, inputs=inputs, **options)
 
@@ -338,7 +353,7 @@ class HookBus:
         outer, request.frame, self._diagnosing = request.frame, frame, True
         running, self.request = self.request, request
         try:
-            return self.model(**inputs)
+            return self.entry(**inputs)
         except _Enough:
             raise
         except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +36,9 @@ class DirectPath:
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
         self._projections = [adapter.output_projection(layer) for layer in adapter.decoder_layers(model)]
-        self._unembedding: nn.Module = model.get_output_embeddings()
+        self._unembedding: nn.Module = adapter.unembedding(model)
         self._norm = adapter.final_norm(model)
+        self._finish = partial(adapter.logits, model)
         self._dense: dict[int, Tensor] = {}
         self._normed: tuple[Tensor, Tensor] | None = None
 
@@ -78,7 +80,9 @@ class DirectPath:
         unembedding = self._weight(-1, self._unembedding).float()
         # a norm without shift is x * (weight / scale): its diagonal is output over input, element by element
         diagonal = after / torch.where(before == 0, torch.ones_like(before), before)
-        direction = (cotangent.float() @ unembedding) * torch.where(before == 0, 0.0, diagonal)
+        direction = (self._through_head(after, cotangent.float(), unembedding) @ unembedding) * torch.where(
+            before == 0, 0.0, diagonal
+        )
         found: dict[int, Tensor] = {}
         for layer, (weights, values) in rows.items():
             batch, heads, keys = weights.shape
@@ -88,6 +92,16 @@ class DirectPath:
             per_head = per_head.view(batch, groups, heads // groups, width)
             found[layer] = (per_head @ values.float().transpose(-1, -2)).reshape(batch, heads, keys)
         return found
+
+    def _through_head(self, normed: Tensor, cotangent: Tensor, unembedding: Tensor) -> Tensor:
+        """Bring a cotangent of the logits ``[B, V]`` back to the unembedding's output: through a soft cap, if any."""
+        with torch.enable_grad():
+            raw = (normed @ unembedding.t()).detach().requires_grad_()
+            logits = self._finish(raw)
+            if logits is raw:
+                return cotangent
+            (gradient,) = torch.autograd.grad(logits, raw, cotangent)
+        return gradient
 
     def _weight(self, place: int, module: nn.Module) -> Tensor:
         """Return a linear map's matrix ``[out, in]``; a quantised one is applied to the identity once."""

@@ -19,6 +19,10 @@ class ModelFacts:
         Whether image tokens form a raster (rows x columns).
     vision_layers
         Blocks of the vision tower; ``None`` if not known (yet).
+    causal_prompt
+        Whether prompt tokens see only what precedes them.
+    attention_layers
+        Decoder blocks whose attention has intervention points; ``None``: all of them.
     """
 
     family: str
@@ -27,3 +31,5 @@ class ModelFacts:
     kv_heads: int
     spatial_grid: bool = True
     vision_layers: int | None = None
+    causal_prompt: bool = True
+    attention_layers: tuple[int, ...] | None = None

@@ -155,7 +155,8 @@ class Handle:
     def _config(self, kwargs: dict[str, Any]) -> GenerationConfig:
         """Resolve what ``generate`` will do: arguments, over a passed configuration, over the model's own."""
         given = {name: value for name, value in kwargs.items() if name != "generation_config"}
-        config: GenerationConfig = self.model._prepare_generation_config(kwargs.get("generation_config"), **given)[0]
+        model = self.model if self.bus is None else self.bus.entry
+        config: GenerationConfig = model._prepare_generation_config(kwargs.get("generation_config"), **given)[0]
         return config
 
     @contextmanager

@@ -75,7 +75,8 @@ class LayerPoints:
             return
         with torch.no_grad():  # forward itself: whoever hooks these modules counts on the model's own calls
             normed = self._bus.adapter.final_norm(self._bus.model).forward(hidden[:, -1:].detach())
-            logits = self._bus.model.get_output_embeddings().forward(normed)[:, -1]
+            raw = self._bus.adapter.unembedding(self._bus.model).forward(normed)[:, -1]
+            logits = self._bus.adapter.logits(self._bus.model, raw)
         for item in asked:
             self._bus.call(item, LogitLens(**self._about(frame), layer=layer, logits=logits))
 
@@ -132,18 +133,19 @@ class LayerPoints:
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
-    def _after_projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
         frame = self._picture_frame()
         if frame is None:
             return None
-        features, changed = list(output), False
+        adapter, changed = self._bus.adapter, False
+        features = adapter.features(output, self._bus.running().layout)
         for item in self._bus.subscriptions(Point.VISUAL_EMBEDDINGS):
             if self._bus.serves(item, frame):
                 edited = self._bus.call(item, VisualEmbeddings(**self._about(frame), features=features))
                 if edited is not None:
                     count_images(self._bus.running(), item.key, features, edited)
                     features, changed = list(edited), True
-        return torch.stack(features) if changed else None
+        return adapter.joined(features, output) if changed else None
 
     def _after_vision(self, block: int) -> Hook:
         items = [

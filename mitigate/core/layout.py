@@ -17,12 +17,13 @@ from mitigate.core.roles import Role as Role
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where one image (or tile, or frame) lies in the sequence.
+    """Where one raster of an image lies in the sequence: a picture, one of its tiles, or one frame of a video.
 
     Parameters
     ----------
     image
-        Index of the image among all images of the batch, in the order the processor delivered them.
+        Index of the image among all images of the batch, in the order the processor delivered them; videos are counted
+        after the pictures.
     positions
         ``[N]`` columns of its patches in raster order; separator and class tokens are not among them.
     grid
@@ -34,6 +35,10 @@ class ImageSpan:
         of a picture share ``image``.
     thumbnail
         Whether this is the small version of the whole picture that accompanies its tiles.
+    frame
+        Which step of a video this is, from 0; ``None`` for pictures.
+    tiles
+        ``(rows, columns)`` of the tiles this raster was joined from, where the vision tower saw it in several.
     """
 
     image: int
@@ -42,6 +47,8 @@ class ImageSpan:
     stop: int
     tile: tuple[int, int] | None = None
     thumbnail: bool = False
+    frame: int | None = None
+    tiles: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class TokenLayout:
         return TokenLayout(self.prompt_roles.repeat_interleave(factor, 0), images, self.length, question)
 
     def text_queries(self, row: int, span: ImageSpan) -> Tensor:
-        """Return the prompt columns of a row that follow an image and are not image tokens themselves, ``[n]``."""
+        """Return the columns of a row's prompt text that follow an image, ``[n]``."""
         role = self.prompt_roles[row]
         columns = torch.arange(self.prompt_length, device=role.device)
-        return columns[(columns >= span.stop) & (role != Role.IMAGE) & (role != Role.PAD)]
+        return columns[(columns >= span.stop) & (role == Role.PROMPT)]

@@ -10,6 +10,7 @@ from mitigate.core.branches import StreamPlan, check_branches, streams_of
 from mitigate.core.facts import ModelFacts
 from mitigate.core.method import Method
 from mitigate.core.points import (
+    ATTENTION_POINTS,
     DIFFERENTIATES,
     LAYER_POINTS,
     MAIN,
@@ -113,6 +114,12 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
     if (point in LAYER_POINTS) != bool(subscription.layers) and point is not Point.VISION:
         raise PluginError(
             f"{key}: a subscription to {point.value} needs {'' if point in LAYER_POINTS else 'no '}layers"
+        )
+    kept = facts.attention_layers
+    if point in ATTENTION_POINTS and kept is not None and (other := sorted(set(subscription.layers) - set(kept))):
+        raise UnsupportedModel(
+            f"{key} acts on attention, but layer {other[0]} of {facts.family} has none that can be served; choose among"
+            f" layers {layer_text(kept, facts.layers)}"
         )
     part, depth = ("vision tower", facts.vision_layers) if point is Point.VISION else ("decoder", facts.layers)
     outside = [layer for layer in subscription.layers if layer < 0 or (depth is not None and layer >= depth)]

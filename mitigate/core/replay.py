@@ -114,6 +114,8 @@ def replay(bus: HookBus, request: Request, state: MethodState, rows: int) -> Rep
     """
     if not isinstance(request.cache, DynamicCache):
         raise UnsupportedModel(f"prompt rows cannot be run again over a {type(request.cache).__name__}")
+    if not request.facts.causal_prompt:
+        raise UnsupportedModel(f"prompt rows of {request.facts.family} see the tokens they would have to predict")
     layout, ids = request.layout, request.ids
     stop = layout.prompt_length - 1
     first = max(stop - rows, 1)
@@ -139,12 +141,14 @@ def _pass(bus: HookBus, request: Request, state: MethodState, start: int, rows: 
     stop = request.layout.prompt_length - 1
     cache = DynamicCache()
     for layer, kept in enumerate(request.cache.layers):  # a copy: the main cache must not see this pass
+        if kept.keys.shape[2] < stop:
+            raise UnsupportedModel(f"layer {layer} no longer keeps the prompt's keys (sliding window)")
         cache.update(kept.keys[:, :, :start].detach(), kept.values[:, :, :start].detach(), layer)
     valid = request.layout.valid[:, :stop].long()
     inputs = {
         "input_ids": request.ids[:, start:stop],
         "attention_mask": valid,
-        "position_ids": bus.adapter.positions(valid)[..., start:],
+        "position_ids": request.positions(stop)[..., start:],
         "past_key_values": cache,
         "use_cache": True,
         "return_dict": True,

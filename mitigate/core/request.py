@@ -78,6 +78,7 @@ class Request:
         self.graph_logits: Tensor | None = None
         self.streams: Streams | None = None
         self.lineage = Lineage(self.samples, self.reorder)
+        self._positions: Tensor | None = None
         self._generators: list[torch.Generator] | None = None
         self._inputs: Mapping[str, Any] | None = dict(inputs or {})
         self._original: Mapping[str, Any] | None = self._inputs
@@ -129,7 +130,7 @@ class Request:
         """
         if self._inputs is None:
             raise HookError("image_key is known at sample_begin only; keep it on the state")
-        pixels = self.bus.adapter.image_pixels(self._inputs, image).detach().cpu().contiguous()
+        pixels = self.bus.adapter.image_pixels(self._inputs, image, self.layout).detach().cpu().contiguous()
         raw = pixels.view(torch.uint8).numpy().tobytes()  # as bytes: numpy knows no bfloat16
         return hashlib.sha256(f"{pixels.dtype}{tuple(pixels.shape)}".encode() + raw).hexdigest()
 
@@ -185,6 +186,31 @@ class Request:
     def state(self, key: str) -> MethodState:
         """Return the memory of a method of the stack."""
         return self.states[key]
+
+    def note_positions(self, positions: Tensor | None, start: int) -> None:
+        """Keep the position ids ``[..., B, n]`` of prompt columns ``start ...`` as the model got them."""
+        if positions is None:  # a forward made by hand: the model finds them itself, and so does the adapter
+            if start:
+                return
+            ids, mask = self.ids, self.layout.valid[:, : self.layout.prompt_length].long()
+            positions = self.bus.adapter.prompt_inputs(self.bus.model, ids, mask, self._inputs or {})["position_ids"]
+        known = self._positions
+        if known is None or not start:
+            self._positions = positions
+        elif known.shape[-1] == start and known.shape[:-1] == positions.shape[:-1]:
+            self._positions = torch.cat([known, positions], -1)
+
+    def positions(self, length: int) -> Tensor:
+        """Return the position ids ``[..., B, length]`` of the prompt's first columns.
+
+        Raises
+        ------
+        HookError
+            Before the first forward.
+        """
+        if self._positions is None:
+            raise HookError("positions are known from the first forward on")
+        return continued(self._positions, length)
 
     def expand(self, rows: int) -> None:
         """Follow the model's repetition of rows (beams, several sequences per prompt) after the images were encoded."""
@@ -279,3 +305,12 @@ class Request:
             entry = {state.key: state.summed(rows) for state in (*self.states.values(), self.totals)}
             result.append(entry)
         return result
+
+
+def continued(positions: Tensor, length: int) -> Tensor:
+    """Cut position ids ``[..., B, n]`` to ``length`` columns, or go on as models do for text: from the highest one."""
+    missing = length - positions.shape[-1]
+    if missing <= 0:
+        return positions[..., :length]
+    further = torch.arange(1, missing + 1, device=positions.device, dtype=positions.dtype)
+    return torch.cat([positions, positions.amax(-1, keepdim=True) + further], -1)

@@ -15,7 +15,7 @@ from mitigate.core.events import ImageInput, TextInput
 from mitigate.core.frame import Frame
 from mitigate.core.layer_points import count_images
 from mitigate.core.points import Phase, Point
-from mitigate.core.request import Request
+from mitigate.core.request import Request, continued
 from mitigate.errors import HookError
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ class Stream:
         self._bus, self._main, self._plan = bus, main, plan
         self._names: dict[str, Any] = {"branch": plan.branch.name, "owner": plan.owner}
         ids, mask, images = self._prompt(inputs)
-        layout = bus.adapter.layout(bus.model, ids, mask, images)
+        layout = bus.adapter.layout(bus.model, ids, mask, images, bus.attachment.processor)
         self._request = Request(bus, layout, ids, seed=main.seed, sample_ids=main.sample_ids)
         self._request.adopt(main)
         self._images: dict[str, Any] = images
         self._cache = DynamicCache(config=bus.adapter.decoder_config(bus.model))
         self._fed: Tensor | None = None
+        self._positions = torch.empty(0)
         self.last = torch.empty(0)
 
     def follows(self, generated: Tensor) -> bool:
@@ -122,12 +123,15 @@ class Stream:
             **images,
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": bus.adapter.positions(mask)[..., start:],
             "past_key_values": self._cache,
             "use_cache": True,
-            "logits_to_keep": 1,
             "return_dict": True,
         }
+        if start == 0:
+            own = bus.adapter.prompt_inputs(bus.model, ids, mask, images)
+            inputs, self._positions = {**inputs, **own}, own["position_ids"]
+        self._positions = continued(self._positions, stop)
+        inputs["position_ids"] = self._positions[..., start:]
         with torch.no_grad(), bus.direct.kept() if bus.direct is not None else nullcontext():
             self.last = bus.extra_forward(request, frame, inputs).logits[:, -1]
         for state in request.states.values():
@@ -149,9 +153,10 @@ class Stream:
         if self._plan.branch.images:
             images = self._pictures(inputs, frame)
         else:
-            rows = [adapter.without_images(self._bus.model, row) for row in rows]
+            rows = [adapter.without_images(self._bus.model, row, self._bus.attachment.processor) for row in rows]
         width = max(len(row) for row in rows)
-        filler = 0 if self._bus.model.config.image_token_id != 0 else 1  # masked; it must not look like a picture
+        marks = {*adapter.image_tokens(self._bus.model.config)}
+        filler = next(token for token in range(len(marks) + 1) if token not in marks)  # masked, and no picture
         ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=filler) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = torch.arange(width, device=ids.device) >= width - lengths[:, None]
@@ -162,7 +167,7 @@ class Stream:
         edited = edit_images(self._bus, self._main, inputs, frame)
         spans_of_rows = self._main.layout.images
         wanted = [index for spans in spans_of_rows for index in dict.fromkeys(span.image for span in spans)]
-        return self._bus.adapter.chosen_images(edited, wanted)
+        return self._bus.adapter.chosen_images(edited, wanted, self._main.layout)
 
 
 def edit_images(
@@ -181,7 +186,7 @@ def edit_images(
     items = [item for item in bus.subscriptions(Point.IMAGE_INPUT) if bus.serves(item, frame)]
     if not items:
         return dict(inputs)
-    images = bus.adapter.images(inputs)
+    images = bus.adapter.images(inputs, request.layout)
     rows: dict[int, int] = {}
     for row, spans in enumerate(request.layout.images):
         for span in spans:
@@ -192,4 +197,4 @@ def edit_images(
         if new is not None:
             count_images(request, item.key, images, new)
             images = list(new)
-    return bus.adapter.with_images(inputs, images)
+    return bus.adapter.with_images(inputs, images, request.layout)

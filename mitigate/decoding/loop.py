@@ -21,6 +21,7 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from mitigate.core.choosing import select_token, tell_chosen
 from mitigate.errors import ConfigError, StackConflict, UnsupportedModel
@@ -33,15 +34,8 @@ if TYPE_CHECKING:
 
 #: Inputs of a forward that have one entry per token.
 _PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
-#: Inputs of a forward that belong to the pictures and were consumed with the first tokens.
-_PICTURES = (
-    "pixel_values",
-    "mm_encoder_outputs",
-    "image_sizes",
-    "pixel_values_videos",
-    "image_grid_thw",
-    "video_grid_thw",
-)
+#: Inputs of a forward that belong to the pictures and were consumed with the first tokens; transformers names others.
+_PICTURES = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "image_grid_thw", "video_grid_thw", "batch_num_images"}
 
 
 def check_decoding(config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
@@ -156,11 +150,13 @@ def _prefill(model: PreTrainedModel, bus: HookBus, ids: Tensor, gradient: bool, 
     cache = inputs.get("past_key_values")
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
         raise StackConflict("attention gradients need a fresh dynamic cache; leave past_key_values unset")
-    inputs["input_ids"] = _usable(inputs["input_ids"])
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            inputs[name] = _usable(inputs[name])
     request = bus.request
-    last_is_image = request is not None and bool((ids[:, -1] == model.config.image_token_id).any())
-    if last_is_image or ids.shape[1] < 2:
-        # the last token's embedding is a picture's: one graph over the whole prompt, exact and larger
+    last_is_image = request is not None and bool(request.layout.image_mask[:, -1].any())
+    if last_is_image or ids.shape[1] < 2 or not bus.facts.causal_prompt:
+        # the last token is a picture's, or others see it: one graph over the whole prompt, exact and larger
         with torch.enable_grad():
             outputs = model(**inputs, return_dict=True)
     else:
@@ -178,6 +174,8 @@ def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in _PER_TOKEN:
         if inputs.get(name) is not None:
             first[name], last[name] = inputs[name][..., :-1], inputs[name][..., -1:]
+    if inputs.get("inputs_embeds") is not None:
+        first["inputs_embeds"], last["inputs_embeds"] = inputs["inputs_embeds"][:, :-1], inputs["inputs_embeds"][:, -1:]
     if inputs.get("attention_mask") is not None:
         first["attention_mask"] = inputs["attention_mask"][:, :-1]
     return first, last

@@ -179,7 +179,8 @@ def token_map(
         parts = under_stack(loaded, inputs, written, target, asked, methods)
     else:
         parts = attention_and_gradients(loaded, whole, target, asked)
-    layout = loaded.adapter.layout(loaded.model, inputs["input_ids"], inputs.get("attention_mask"), inputs)
+    mask = inputs.get("attention_mask")
+    layout = loaded.adapter.layout(loaded.model, inputs["input_ids"], mask, inputs, loaded.processor)
     roles = layout.grown(whole["input_ids"].shape[1]).roles[0]
     keep = ((roles != Role.IMAGE) & (roles != Role.PAD)).nonzero().flatten()
     own = {layer: parts[layer] for layer in layers}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mitigate.core.roles import Role
 from mitigate.lazy import torch
 
 if TYPE_CHECKING:
@@ -101,4 +102,5 @@ def generated_rows(layout: TokenLayout) -> Tensor:
 
 def text_rows(layout: TokenLayout) -> Tensor:
     """Rows of text from the first picture on, ``[B, L]`` bool; text before it sees no picture."""
-    return layout.valid & ~layout.image_mask & (layout.image_mask.cumsum(1) > 0)
+    text = (layout.roles == Role.PROMPT) | (layout.roles == Role.GENERATED)
+    return text & (layout.image_mask.cumsum(1) > 0)

@@ -116,7 +116,7 @@ class _WithoutGrid:
         facts: ModelFacts = self._adapter.facts(model)
         return dataclasses.replace(facts, spatial_grid=False)
 
-    def layout(self, *args: Any) -> Any:
+    def layout(self, *args: Any) -> Any:  # as the adapter's
         layout = self._adapter.layout(*args)
         images = tuple(tuple(dataclasses.replace(span, grid=None) for span in spans) for spans in layout.images)
         return dataclasses.replace(layout, images=images)
