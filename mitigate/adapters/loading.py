@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import torch
 
 from mitigate.adapters.base import Adapter
+from mitigate.adapters.explaining import explain
+from mitigate.adapters.placing import check_memory, device_arguments, is_placed, needed_bytes, stored_numbers
+from mitigate.adapters.quantising import quantization_named
 from mitigate.core.facts import ModelFacts
-from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
+from mitigate.errors import DataError, UnsupportedModel
 from mitigate.registry import adapters
 
 if TYPE_CHECKING:
@@ -78,6 +80,11 @@ def load_model(
     attn_implementation: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | None = None,
+    quantization: str | None = None,
+    chat_template: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint from the hub or a local folder.
 
@@ -88,90 +95,81 @@ def load_model(
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     device
-        Device to move the model to.
+        Device to move the model to; without effect where ``device_map`` is given.
     attn_implementation, revision, trust_remote_code
         As in transformers' ``from_pretrained``. Weights are read from safetensors only.
+    device_map, max_memory, offload_folder
+        As in transformers' ``from_pretrained``: how the model is divided over devices, and where on disk goes what
+        fits nowhere else.
+    quantization
+        ``int8`` (torchao), ``bnb-8bit`` or ``bnb-4bit`` (bitsandbytes): weights of fewer bits.
+    chat_template
+        Text of a chat template, or path of a ``.jinja`` file, instead of the processor's own.
 
     Raises
     ------
     ConfigError
-        If the attention implementation is unknown or not installed.
+        If a value is unknown, a package it needs is not installed, or memory is too small.
     DataError
         If the folder or hub entry cannot be read, or lacks weights.
     UnsupportedModel
         If it is no vision-language model transformers or an adapter knows.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mitigate.adapters.processors import load_processor
 
     if dtype not in DTYPES:
         raise UnsupportedModel(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    kind = DTYPES[dtype]
+    stored_as = None if quantization is None else quantization_named(quantization)
+    arguments = device_arguments(device_map, max_memory, offload_folder)
     folder = _testbed() if path == "testbed" else path
     local = _is_local(folder)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not local:
         common["local_files_only"] = not _hub_can_be_reached()
+    if device_map in (None, "cpu") and not common.get("local_files_only"):
+        bits = None if stored_as is None else stored_as.bits
+        needed = needed_bytes(stored_numbers(folder, revision, local=local), kind, bits)
+        check_memory(path, needed, torch.device(device_map or device), kind, quantization)
+    if stored_as is not None:
+        arguments = {"device_map": {"": device}, **arguments}
+    asked = {"attn_implementation": attn_implementation, "device_map": device_map, "quantization": quantization}
     try:
         with _quiet():
-            processor = AutoProcessor.from_pretrained(folder, **common)
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                output_loading_info=True,
-                **common,
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _explain(error, path, local=local, attn_implementation=attn_implementation) from error
+            processor = load_processor(folder, chat_template, **common)
+            if stored_as is not None:
+                arguments["quantization_config"] = stored_as.config(kind)
+            model = _weights(folder, path, dtype=kind, attn_implementation=attn_implementation, **arguments, **common)
+            if not is_placed(model):
+                model = model.to(device)
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise explain(error, path, local=local, asked=asked) from error
+    model = model.eval()
+    adapter = adapter_for(model)
+    return LoadedModel(model, processor, adapter, adapter.facts(model))
+
+
+def _weights(folder: str, path: str, **arguments: Any) -> PreTrainedModel:
+    """Read the weights of a checkpoint.
+
+    Raises
+    ------
+    DataError
+        If some of them are missing.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **arguments
+    )
     if missing := sorted(found["missing_keys"]):
         raise DataError(
             f"cannot load model {path!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
             f"check that config.json belongs to the weights"
         )
-    model = model.to(device).eval()
-    adapter = adapter_for(model)
-    return LoadedModel(model, processor, adapter, adapter.facts(model))
-
-
-def _explain(error: Exception, path: str, *, local: bool, attn_implementation: str) -> MitigateError:
-    """Turn what transformers raised while loading a checkpoint into one line with culprit and remedy."""
-    text = str(error).strip()
-    reason = text.splitlines()[0] if text else type(error).__name__
-    if "attn_implementation" in reason or "FlashAttention" in reason:
-        return ConfigError(
-            f"model.attn_implementation={attn_implementation} cannot be used: it is unknown to transformers or its "
-            f"package is not installed; use sdpa or eager"
-        )
-    if not local and isinstance(error, OSError):
-        return DataError(
-            f"cannot load model {path!r}: the hub cannot be reached or has no such model, and it is not in the local "
-            f"cache\ncheck model.path (and model.revision), or set model.path to a local folder"
-        )
-    if isinstance(error, ImportError):
-        return DataError(f"cannot load model {path!r}: {reason}; install what is missing")
-    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
-        return DataError(
-            f"cannot load model {path!r}: one of its JSON files is not valid JSON ({reason}); copy it again"
-        )
-    if "nrecognized configuration class" in reason:
-        return UnsupportedModel(
-            f"{path!r} holds no vision-language model transformers can load (a text model?); "
-            f"set model.path to an image-text-to-text checkpoint with its processor"
-        )
-    if "tokenizer" in reason.lower() or "processor" in reason.lower():
-        return DataError(
-            f"cannot load the processor of {path!r}: tokenizer or image processor files are missing or damaged; "
-            f"copy them beside the weights (processor.save_pretrained)"
-        )
-    if isinstance(error, ValueError):
-        return UnsupportedModel(f"{path!r} is no vision-language model transformers can load: {reason}")
-    if isinstance(error, OSError):
-        return DataError(f"cannot load model {path!r}: {reason}")
-    return DataError(
-        f"cannot load the weights of {path!r}: {reason}; the safetensors are damaged, incomplete or not those of its "
-        f"config.json: copy them again"
-    )
+    return cast("PreTrainedModel", model)
 
 
 def _is_local(path: str) -> bool:

@@ -1,0 +1,161 @@
+"""Where a model's weights go: device maps, what they need before they are read, and where inputs belong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mitigate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Words of ``model.device_map``; a mapping from a part of the model to a device serves, too.
+DEVICE_MAPS = ("auto", "balanced", "sequential", "cpu")
+#: Bytes per number, by safetensors' name of its type.
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_GB = 1e9
+
+
+def device_arguments(
+    device_map: Any, max_memory: Mapping[Any, Any] | None, offload_folder: str | None
+) -> dict[str, Any]:
+    """Turn the configuration's device map into arguments of ``from_pretrained``.
+
+    Raises
+    ------
+    ConfigError
+        If the map is unknown, or what only a map uses is given without one.
+    """
+    if device_map is None:
+        for name, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
+            if value:
+                raise ConfigError(f"model.{name}={value} has no effect without model.device_map; add one, such as auto")
+        return {}
+    if not isinstance(device_map, Mapping) and device_map not in DEVICE_MAPS:
+        raise ConfigError(
+            f"model.device_map={device_map} is unknown; use {', '.join(DEVICE_MAPS)} or a mapping {{PART: DEVICE}}"
+        )
+    arguments: dict[str, Any] = {"device_map": device_map}
+    if isinstance(device_map, Mapping):
+        arguments["device_map"] = {str(part): _device(device) for part, device in device_map.items()}
+    if max_memory:
+        arguments["max_memory"] = {_device(device): limit for device, limit in max_memory.items()}
+    if offload_folder:
+        arguments["offload_folder"] = str(Path(offload_folder).expanduser())
+    return arguments
+
+
+def _device(name: Any) -> Any:
+    """Return a device as accelerate knows it: a GPU is its number."""
+    return int(name) if str(name).isdecimal() else name
+
+
+def is_placed(model: Any) -> bool:
+    """Say whether a model's parts have their devices for good: they must not be moved."""
+    return bool(getattr(model, "hf_device_map", None)) or getattr(model, "is_quantized", False) is True
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device on which a model takes its inputs; parts that are offloaded have none of their own."""
+    device = next((part.device for part in model.parameters() if part.device.type != "meta"), None)
+    hook = getattr(model, "_hf_hook", None)
+    wanted = getattr(hook, "execution_device", None)
+    return torch.device(wanted) if wanted is not None else device or torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def stored_numbers(path: str, revision: str | None, *, local: bool) -> dict[str, int]:
+    """Count the numbers of a checkpoint by their type, without reading them; empty where that cannot be told.
+
+    Parameters
+    ----------
+    path
+        Local folder or hub id.
+    revision
+        Revision of a hub id.
+    local
+        Whether it is a folder.
+    """
+    try:
+        if not local:
+            from huggingface_hub import HfApi
+
+            found = HfApi().model_info(path, revision=revision, expand=["safetensors"], timeout=10).safetensors
+            return {} if found is None else dict(found.parameters)
+        return _in_folder(Path(path))
+    except Exception:  # whatever is wrong with the checkpoint or the hub shows when it is loaded
+        return {}
+
+
+def _in_folder(folder: Path) -> dict[str, int]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    counts: Counter[str] = Counter()
+    for file in files:
+        with file.open("rb") as weights:
+            header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                counts[tensor["dtype"]] += math.prod(tensor["shape"])
+    return dict(counts)
+
+
+def needed_bytes(numbers: Mapping[str, int], dtype: torch.dtype, bits: int | None) -> float:
+    """Return the least memory the weights take once they are loaded.
+
+    Parameters
+    ----------
+    numbers
+        Counts by type.
+    dtype
+        Type that floating-point numbers are converted to.
+    bits
+        Bits per number where they are quantised while they are loaded.
+    """
+    size = dtype.itemsize if bits is None else bits / 8
+    return sum(count * (size if kind in _FLOATS else _SIZES.get(kind, 0)) for kind, count in numbers.items())
+
+
+def free_bytes(device: torch.device) -> float | None:
+    """Return the memory a device has left; ``None`` where that cannot be told."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu":
+        import psutil
+
+        return float(psutil.virtual_memory().available + psutil.swap_memory().free)
+    return None
+
+
+def check_memory(path: str, needed: float, device: torch.device, dtype: torch.dtype, quantization: str | None) -> None:
+    """Refuse weights that cannot fit into a device's memory, before they are read.
+
+    Raises
+    ------
+    ConfigError
+        With what is needed, what is free, and the remedies.
+    """
+    free = free_bytes(device)
+    if free is None or needed <= free:
+        return
+    kind = str(dtype).removeprefix("torch.")
+    remedies = [f"model.dtype={name}" for name in ("bfloat16",) if dtype.itemsize > 2]
+    remedies += [f"model.quantization={name}" for name in ("bnb-4bit",) if quantization is None]
+    remedies += ["model.device_map=auto with model.offload_folder=FOLDER (what does not fit waits on disk; slow)"]
+    raise ConfigError(
+        f"model {path!r} needs at least {needed / _GB:.1f} GB in {quantization or kind}, and {device} has"
+        f" {free / _GB:.1f} GB free\nuse a smaller model, or {', or '.join(remedies)}"
+    )
