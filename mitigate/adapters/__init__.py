@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from mitigate.adapters.loading import load_model as load_model
 
 BUILTIN = {
+    "qwen2_vl": "mitigate.adapters.qwen_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "mitigate.adapters.qwen_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": "mitigate.adapters.qwen_vl:Qwen3VLAdapter",
+    "chameleon": "mitigate.adapters.chameleon:ChameleonAdapter",
+    "internvl": "mitigate.adapters.internvl:InternVLAdapter",
     "llava": "mitigate.adapters.llava:LlavaAdapter",
 }
 __all__ = ["BUILTIN", "LoadedModel", "adapter_for", "load_model"]
