@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from mitigate.adapters.loading import load_model as load_model
 
 BUILTIN = {
+    "idefics3": "mitigate.adapters.idefics3:Idefics3Adapter",
+    "smolvlm": "mitigate.adapters.idefics3:SmolVLMAdapter",
+    "instructblip": "mitigate.adapters.instructblip:InstructBlipAdapter",
     "qwen2_vl": "mitigate.adapters.qwen_vl:Qwen2VLAdapter",
     "qwen2_5_vl": "mitigate.adapters.qwen_vl:Qwen2_5VLAdapter",
     "qwen3_vl": "mitigate.adapters.qwen_vl:Qwen3VLAdapter",
