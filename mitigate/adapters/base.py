@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from mitigate.adapters.placing import input_device
 from mitigate.adapters.spans import Batch, derive_layout
 from mitigate.core.facts import ModelFacts
 from mitigate.core.layout import ImageSpan, TokenLayout
@@ -232,8 +233,6 @@ class Adapter(ABC):
             )
         dropped = {"past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels"}
         kept = {name: value for name, value in inputs.items() if name not in dropped}
-        if "logits_to_keep" in kept:  # not every family knows it
-            kept["logits_to_keep"] = 1
         if embeds is None:
             whole = {"input_ids": ids[:, :length]}
         else:
@@ -242,6 +241,7 @@ class Adapter(ABC):
         return {
             **kept,
             **whole,
+            **request.bus.last_logits_only,
             "attention_mask": layout.valid[:, :length].long(),
             "position_ids": request.positions(length),
             "use_cache": False,
@@ -332,7 +332,7 @@ class Adapter(ABC):
         batch = processor(
             text=texts, images=given if flat else None, return_tensors="pt", padding=True, padding_side="left"
         )
-        return cast("BatchFeature", batch.to(model.device, dtype=model.dtype))
+        return cast("BatchFeature", batch.to(input_device(model), dtype=model.dtype))
 
 
 def _attention_layers(text: Any) -> tuple[int, ...] | None:

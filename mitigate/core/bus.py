@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -108,6 +108,11 @@ class HookBus:
     def needs_loop(self) -> bool:
         """Whether a method chooses tokens or watches the choice, which transformers' own loops do not let it."""
         return bool(self.subscriptions(Point.SELECT_TOKEN) or self.subscriptions(Point.TOKEN_CHOSEN))
+
+    @property
+    def last_logits_only(self) -> dict[str, int]:
+        """Argument of a forward that needs no logits but the last, for the families that know it."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in self._forward_names else {}
 
     @property
     def gradient_layers(self) -> tuple[int, ...]:
@@ -350,10 +355,16 @@ class HookBus:
 
     def extra_forward(self, request: Request, frame: Frame, inputs: Mapping[str, Any]) -> Any:
         """Run the model once more, as the frame says, in the running request or in a branch of it."""
+        with self.passing(request, frame):
+            return self.entry(**inputs)
+
+    @contextmanager
+    def passing(self, request: Request, frame: Frame) -> Iterator[None]:
+        """Serve what runs of the model meanwhile as an extra pass of the request, or of a branch of it."""
         outer, request.frame, self._diagnosing = request.frame, frame, True
         running, self.request = self.request, request
         try:
-            return self.entry(**inputs)
+            yield
         except _Enough:
             raise
         except Exception as error:

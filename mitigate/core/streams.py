@@ -125,10 +125,14 @@ class Stream:
             "attention_mask": mask,
             "past_key_values": self._cache,
             "use_cache": True,
+            **bus.last_logits_only,
             "return_dict": True,
         }
         if start == 0:
-            own = bus.adapter.prompt_inputs(bus.model, ids, mask, images)
+            with torch.no_grad(), bus.passing(request, frame):  # it may encode the pictures
+                own = bus.adapter.prompt_inputs(bus.model, ids, mask, images)
+            if "inputs_embeds" in own:  # in place of tokens and pictures
+                inputs = {name: value for name, value in inputs.items() if name not in ("input_ids", *images)}
             inputs, self._positions = {**inputs, **own}, own["position_ids"]
         self._positions = continued(self._positions, stop)
         inputs["position_ids"] = self._positions[..., start:]

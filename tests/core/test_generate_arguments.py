@@ -159,11 +159,17 @@ def test_changing_the_attention_implementation_inside_is_refused_and_kept():
     assert model.config.text_config._attn_implementation == "eager"
 
 
-def test_eager_models_are_told_that_sdpa_is_the_base():
+def test_eager_models_stay_eager_where_nobody_acts():
+    """Bit for bit, padding included: the model file's own eager attention serves every row no method edits."""
     model = tiny_llava(seed=0)
     model.set_attn_implementation("eager")
-    with pytest.warns(UserWarning, match="'eager' is replaced by 'sdpa'"), Stack([LocoRE()]).attach(model):
-        pass
+    inputs = make_inputs(model, PROMPTS, seed=3)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD, "output_logits": True}
+    plain = model.generate(**inputs, **options, return_dict_in_generate=True)
+    reader = Probe(subscription=Subscription(point=Point.ATTENTION_PROBS, layers=(0, 3), rows=Rows.ALL))
+    with Stack([reader]).attach(model):
+        served = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert torch.equal(torch.stack(served.logits), torch.stack(plain.logits))
     assert model.config.text_config._attn_implementation == "eager"
 
 

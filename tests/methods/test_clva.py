@@ -299,10 +299,10 @@ def unequal(images):
 def unequal_images(monkeypatch):
     original = LlavaAdapter.image_spans
 
-    def spans(self, model, row, inputs):
-        found = original(self, model, row, inputs)
-        cut = unequal([span.positions.tolist() for span in found])
-        return [ImageSpan(image, torch.tensor(columns), grid, columns[-1] + 1) for columns, image, grid in cut]
+    def spans(self, row, batch):
+        first = batch.pictures
+        cut = unequal([span.positions.tolist() for span in original(self, row, batch)])
+        return [ImageSpan(first + image, torch.tensor(columns), grid, columns[-1] + 1) for columns, image, grid in cut]
 
     monkeypatch.setattr(LlavaAdapter, "image_spans", spans)
 

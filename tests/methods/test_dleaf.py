@@ -186,8 +186,8 @@ def test_pictures_of_unequal_size(double, monkeypatch, values):
     model, inputs, _ = double
     plain = LlavaAdapter.image_spans
 
-    def unequal(self, model, row, given):
-        spans = plain(self, model, row, given)
+    def unequal(self, row, batch):
+        spans = plain(self, row, batch)
         return [dataclasses.replace(span, positions=span.positions[:20], grid=(4, 5)) for span in spans[:1]] + spans[1:]
 
     monkeypatch.setattr(LlavaAdapter, "image_spans", unequal)

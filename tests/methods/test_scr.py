@@ -49,14 +49,15 @@ def generate(model, method, inputs, steps=6, **kwargs):
 def give_shape(monkeypatch, pictures, size=36):
     """Let the adapter see images of ``size`` tokens as these rasters."""
 
-    def image_spans(self, model, row, inputs):
+    def image_spans(self, row, batch):
         where = (row == IMAGE).nonzero().flatten()
         spans = []
         for image, tokens in enumerate(where.split(size)):
+            number = batch.picture()[0]
             for tile in pictures[image]:
                 positions = tokens[tile.first : tile.first + tile.rows * tile.columns]
                 stop = int(tokens[-1]) + 1
-                spans.append(ImageSpan(image, positions, (tile.rows, tile.columns), stop, tile.place, tile.thumbnail))
+                spans.append(ImageSpan(number, positions, (tile.rows, tile.columns), stop, tile.place, tile.thumbnail))
         return spans
 
     monkeypatch.setattr(LlavaAdapter, "image_spans", image_spans)

@@ -10,7 +10,7 @@ import torch
 
 from mitigate.adapters.llava import LlavaAdapter
 from mitigate.core import Fidelity, ModelFacts
-from mitigate.core.layout import ImageSpan, TokenLayout
+from mitigate.core.layout import ImageSpan, Role, TokenLayout
 from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError
 from mitigate.methods.scr import SCR
@@ -51,11 +51,11 @@ def hidden_after(model, method, inputs, layer, **kwargs):
 def give_grids(monkeypatch, grids, size):
     """Let the adapter see images of ``size`` tokens as rasters of these sides, with separators after them."""
 
-    def image_spans(self, model, row, inputs):
+    def image_spans(self, row, batch):
         where = (row == IMAGE).nonzero().flatten()
         return [
-            ImageSpan(image, tokens[: grid[0] * grid[1]], grid, int(tokens[-1]) + 1)
-            for image, (grid, tokens) in enumerate(zip(grids, where.split(size), strict=False))
+            ImageSpan(batch.picture()[0], tokens[: grid[0] * grid[1]], grid, int(tokens[-1]) + 1)
+            for grid, tokens in zip(grids, where.split(size), strict=False)
         ]
 
     monkeypatch.setattr(LlavaAdapter, "image_spans", image_spans)
@@ -326,11 +326,13 @@ def test_image_in_a_later_chunk_of_the_prompt(model):
 
 def test_text_between_the_parts_of_a_picture_does_not_vote():
     """Frames with words between them: who asks about a picture comes after its last token."""
-    roles = torch.tensor([[1, *[2] * 9, 3, *[2] * 9, 3, 3]], dtype=torch.int8)
+    image = [Role.IMAGE] * 9
+    words = [Role.SYSTEM, *image, Role.PROMPT, *image, Role.SEPARATOR, Role.PROMPT, Role.PROMPT]
+    roles = torch.tensor([[int(role) for role in words]], dtype=torch.int8)
     spans = tuple(ImageSpan(0, torch.arange(start, start + 9), (3, 3), start + 9) for start in (1, 11))
-    layout = TokenLayout(roles, (spans,), 22)
+    layout = TokenLayout(roles, (spans,), 23)
     _, ranking, *_ = SCR().subscriptions(FACTS)
-    assert ranking.rows(layout).nonzero()[:, 1].tolist() == [20, 21]
+    assert ranking.rows(layout).nonzero()[:, 1].tolist() == [21, 22]
 
 
 # ------------------------------------------------------------------------------------------------------------- sharing
