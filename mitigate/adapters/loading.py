@@ -16,6 +16,7 @@ import torch
 
 from mitigate.adapters.base import Adapter
 from mitigate.adapters.explaining import explain
+from mitigate.adapters.generic import GenericAdapter
 from mitigate.adapters.placing import check_memory, device_arguments, is_placed, needed_bytes, stored_numbers
 from mitigate.adapters.quantising import quantization_named
 from mitigate.core.facts import ModelFacts
@@ -53,21 +54,23 @@ class LoadedModel:
         return self.adapter.inputs(self.model, self.processor, prompts, images)
 
 
-def adapter_for(model: PreTrainedModel) -> Adapter:
-    """Return the adapter of a model's family.
+def adapter_for(model: PreTrainedModel, processor: ProcessorMixin | None = None) -> Adapter:
+    """Return the adapter of a model's family; the generic one if the family has none of its own.
+
+    Parameters
+    ----------
+    processor
+        The model's processor, of which the generic adapter asks how pictures are written.
 
     Raises
     ------
     UnsupportedModel
-        If no adapter is registered for its ``model_type``.
+        If the family has no adapter and the generic one refuses the model.
     """
     family = str(model.config.model_type)
     known = adapters()
     if family not in known.names():
-        raise UnsupportedModel(
-            f"no adapter for model type {family!r}; known: {', '.join(known.names())}."
-            " An outside package can bring one through the entry-point group 'mitigate.models'"
-        )
+        return GenericAdapter(model, processor)
     adapter: Adapter = known.get(family)()
     return adapter
 
@@ -147,7 +150,7 @@ def load_model(
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise explain(error, path, local=local, asked=asked) from error
     model = model.eval()
-    adapter = adapter_for(model)
+    adapter = adapter_for(model, processor)
     return LoadedModel(model, processor, adapter, adapter.facts(model))
 
 
