@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,17 +104,28 @@ class DirectPath:
         return gradient
 
     def _weight(self, place: int, module: nn.Module) -> Tensor:
-        """Return a linear map's matrix ``[out, in]``; a quantised one is applied to the identity once."""
+        """Return a linear map's matrix ``[out, in]``; one that is quantised or offloaded is applied to the identity."""
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-            return weight
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
+        if plain and weight.is_floating_point() and weight.dim() == 2:
+            return cast(Tensor, weight)
         if place not in self._dense:
             width = getattr(module, "in_features", None)
             if width is None:
                 raise UnsupportedModel(f"{type(module).__name__} is no linear map; access 'direct' cannot follow it")
-            device = next((part.device for part in (*module.parameters(), *module.buffers())), None)
-            basis = torch.eye(width, device=device, dtype=torch.get_default_dtype())
+            device, dtype = _works_in(module)
+            basis = torch.eye(width, device=device, dtype=dtype)
             with torch.no_grad():
                 shift = module(torch.zeros_like(basis[:1]))
                 self._dense[place] = (module(basis) - shift).t().contiguous()
         return self._dense[place]
+
+
+def _works_in(module: nn.Module) -> tuple[Any, torch.dtype]:
+    """Return the device and the type of numbers a linear map takes; an offloaded one is brought to a device to run."""
+    parts = (*module.parameters(), *module.buffers())
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next((part.device for part in parts if part.device.type != "meta"), None)
+    dtype = next((part.dtype for part in parts if part.is_floating_point()), torch.get_default_dtype())
+    return device, dtype

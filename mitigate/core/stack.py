@@ -98,6 +98,7 @@ class Stack:
         """
         from mitigate.adapters import adapter_for
         from mitigate.core.bus import HookBus
+        from mitigate.core.differentiable import check_gradients
         from mitigate.core.handle import Handle
 
         if model in _ATTACHED:
@@ -108,7 +109,12 @@ class Stack:
             handle = Handle(self, model, processor)
             undo.callback(setattr, handle, "attached", False)
             if self.methods:
-                handle.bus = HookBus(model, adapter_for(model), self.methods, processor)
+                adapter = adapter_for(model, processor)
+                handle.bus = HookBus(model, adapter, self.methods, processor)
+                if self.needs_gradient:
+                    check_gradients(
+                        next(key for key, method in self.methods.items() if method.needs_gradient), model, adapter
+                    )
                 _ATTACHED.add(model)
                 undo.callback(_ATTACHED.discard, model)
                 handle.bus.install(undo)
