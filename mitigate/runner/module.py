@@ -19,7 +19,7 @@ from mitigate.errors import ConfigError, MitigateError, UnsupportedModel, descri
 from mitigate.processes import is_first_process
 from mitigate.records import RecordWriter, SampleRecord
 from mitigate.runner.devices import is_out_of_memory, place, release, synchronize
-from mitigate.runner.processes import Watch, agree, settings
+from mitigate.runner.processes import Watch, agree, leave, settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,6 +155,7 @@ class StackModule(lightning.LightningModule):
 
     def on_predict_start(self) -> None:
         """Put the model on its device and attach the stack."""
+        self.watch.listen()
         place(self.loaded.model, self.device)
         self._handle = self._open.enter_context(self.stack.attach(self.loaded.model, self.loaded.processor))
         self._writer = self._open.enter_context(RecordWriter(self.run_dir, self.trainer.global_rank))
@@ -276,6 +277,7 @@ def predict(
         except SystemExit:
             if not interrupt.seen:
                 raise
+            leave()
             raise KeyboardInterrupt from None  # Lightning would end the process; here the caller decides
         except Exception as error:
             failure = error

@@ -7,6 +7,9 @@ serves on every device, and notices at once when another process is gone.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +27,8 @@ from mitigate.processes import place
 
 #: How long a process waits for the others: shares differ, and the first one may have a judge to ask in between.
 PATIENCE: Final = timedelta(days=1)
+#: Seconds between two looks whether the others are done.
+PULSE: Final = 0.02
 #: In the run's folder: a process has failed, and the others need not go on.
 STOP: Final = ".stop"
 _GONE = "another process of this run has ended unexpectedly (killed, or out of memory?)"
@@ -44,6 +49,18 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self._flag, self._parent = Path(folder) / STOP, os.getppid()
+        self._terminated = False
+
+    def listen(self) -> None:
+        """Note a scheduler's SIGTERM; Lightning restores the former handler afterwards.
+
+        Its own handler waits for a signal to every process, and for ever if one of them has done its share.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: object) -> None:
+        self._terminated = True
 
     def clear(self) -> None:
         """Forget what an earlier run has left."""
@@ -67,7 +84,7 @@ class Watch:
         KeyboardInterrupt
             On a scheduler's signal; if the process that has started this one is gone.
         """
-        if trainer.received_sigterm:  # Lightning only notes the signal; a scheduler expects the run to end
+        if self._terminated or trainer.received_sigterm:  # a scheduler expects the run to end
             raise KeyboardInterrupt
         if trainer.world_size == 1:
             return
@@ -136,8 +153,13 @@ def agree(failure: BaseException | None, trainer: Any, watch: Watch) -> None:
         watch.stop()
     told: list[Any] = [None] * trainer.world_size
     try:
+        waiting = torch.distributed.barrier(async_op=True)
+        while not waiting.is_completed():
+            time.sleep(PULSE)  # so that Ctrl-C is heard
+        waiting.wait()
         torch.distributed.all_gather_object(told, _told(failure))
     except RuntimeError as error:
+        leave()
         if trainer.global_rank:
             raise SystemExit(1) from error
         if failure is None or isinstance(failure, _Stopped):
@@ -146,13 +168,21 @@ def agree(failure: BaseException | None, trainer: Any, watch: Watch) -> None:
     failed = [one for one in told if one is not None]
     if not trainer.global_rank:
         watch.clear()
-    elif failed:
-        raise SystemExit(0)
     if not failed:
         return
+    leave()
+    if trainer.global_rank:
+        raise SystemExit(0)
     if failure is not None and not isinstance(failure, _Stopped):
         raise failure
     raise _as_error(failed[0]) from failure
+
+
+def leave() -> None:
+    """Close the connections to other processes: their threads must not outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):
+            torch.distributed.destroy_process_group()
 
 
 def _told(failure: BaseException | None) -> dict[str, str] | None:
