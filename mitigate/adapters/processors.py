@@ -38,10 +38,11 @@ class _WithoutVideos(ProcessorMixin):  # type: ignore[misc]
         kept = {name: value for name, value in processor_dict.items() if name != "video_processor"}
         return super().from_args_and_dict(everything, kept, **kwargs)
 
-    @property
-    def video_processor(self) -> Any:
-        """Refuse: there is none."""
-        raise UnsupportedModel("this processor was built for pictures only; videos need: pip install torchvision")
+    def validate_inputs(self, *args: Any, videos: Any = None, **named: Any) -> None:
+        """Refuse videos, which nothing here could read."""
+        if videos is not None:
+            raise UnsupportedModel("this processor was built for pictures only; videos need: pip install torchvision")
+        super().validate_inputs(*args, videos=videos, **named)
 
 
 def pictures_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
