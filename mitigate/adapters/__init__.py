@@ -19,6 +19,9 @@ BUILTIN = {
     "chameleon": "mitigate.adapters.chameleon:ChameleonAdapter",
     "internvl": "mitigate.adapters.internvl:InternVLAdapter",
     "llava": "mitigate.adapters.llava:LlavaAdapter",
+    "gemma3": "mitigate.adapters.gemma3:Gemma3Adapter",
+    "paligemma": "mitigate.adapters.paligemma:PaliGemmaAdapter",
+    "video_llava": "mitigate.adapters.video_llava:VideoLlavaAdapter",
 }
 __all__ = ["BUILTIN", "LoadedModel", "adapter_for", "load_model"]
 
