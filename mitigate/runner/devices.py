@@ -13,8 +13,8 @@ def is_divided(model: Any) -> bool:
 
 
 def place(model: Any, device: torch.device) -> None:
-    """Move a model to a device; a divided one stays where its parts are."""
-    if not is_divided(model):
+    """Move a model to a device; a divided one stays where its parts are, and a quantised one where it was made."""
+    if not is_divided(model) and not getattr(model, "is_quantized", False):
         with torch.inference_mode(False):  # what is moved inside it could never enter a graph
             model.to(device)
 
