@@ -19,6 +19,8 @@ BUILTIN = {
     "chameleon": "mitigate.adapters.chameleon:ChameleonAdapter",
     "internvl": "mitigate.adapters.internvl:InternVLAdapter",
     "llava": "mitigate.adapters.llava:LlavaAdapter",
+    "llava_next": "mitigate.adapters.llava_next:LlavaNextAdapter",
+    "llava_onevision": "mitigate.adapters.llava_onevision:LlavaOnevisionAdapter",
     "gemma3": "mitigate.adapters.gemma3:Gemma3Adapter",
     "paligemma": "mitigate.adapters.paligemma:PaliGemmaAdapter",
     "video_llava": "mitigate.adapters.video_llava:VideoLlavaAdapter",
