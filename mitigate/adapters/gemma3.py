@@ -64,7 +64,7 @@ class Gemma3Adapter(Adapter):
         found = list(equal_spans(row, config.image_token_id, side * side, self.family))
         crops = self._crops(row, found, batch.processor)
         spans: list[ImageSpan] = []
-        for (start, stop), crop, next_crop in zip(found, crops, [*crops[1:], False], strict=True):
+        for (start, stop), crop, next_crop in zip(found, crops, [*crops, False][1:], strict=True):
             image = spans[-1].image if crop else batch.picture()[0]
             positions = torch.arange(start, stop, device=row.device)
             spans.append(ImageSpan(image, positions, (side, side), stop, thumbnail=next_crop and not crop))

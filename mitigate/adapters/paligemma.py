@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mitigate.adapters.base import Adapter, equal_spans
+from mitigate.adapters.placing import input_device
 from mitigate.core.layout import ImageSpan
-from mitigate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from PIL.Image import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
     from mitigate.adapters.spans import Batch
 
@@ -28,6 +29,7 @@ class PaliGemmaAdapter(Adapter):
 
     family = "paligemma"
     causal_prompt = False
+    text_only = False
     tiny: ClassVar[str | None] = "mitigate.testing.tiny_paligemma:build"
 
     def projector(self, model: PreTrainedModel) -> nn.Module:
@@ -55,13 +57,27 @@ class PaliGemmaAdapter(Adapter):
         return {"position_ids": causal["position_ids"] + 1, "token_type_ids": torch.zeros_like(ids)}
 
     def prompt_text(self, processor: ProcessorMixin, prompt: str, pictures: int) -> str:
-        """Return the pictures' placeholders and the prompt; the processor adds ``<bos>`` between them and a line break.
+        """Return the pictures' tokens, the token that begins a text, the prompt and the line break that ends it."""
+        image = processor.image_token * processor.image_seq_length
+        return f"{image * pictures}{processor.tokenizer.bos_token}{prompt}\n"
 
-        Raises
-        ------
-        ConfigError
-            If there is no picture.
-        """
-        if not pictures:
-            raise ConfigError(f"{self.family}: its processor takes no prompt without a picture; give it one")
-        return f"{processor.image_token * pictures}{prompt}"
+    def inputs(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image]],
+    ) -> BatchFeature:
+        """Make the model inputs of a batch as the processor does, which itself takes no prompt without a picture."""
+        from transformers import BatchFeature
+
+        texts = [
+            self.prompt_text(processor, prompt, len(pictures)) for prompt, pictures in zip(prompts, images, strict=True)
+        ]
+        batch = processor.tokenizer(
+            texts, return_token_type_ids=True, return_tensors="pt", padding=True, padding_side="left"
+        )
+        flat = [picture for pictures in images for picture in pictures]
+        if flat:
+            batch |= processor.image_processor(flat, return_tensors="pt")
+        return BatchFeature(dict(batch)).to(input_device(model), dtype=model.dtype)
