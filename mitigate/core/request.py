@@ -308,9 +308,9 @@ class Request:
 
 
 def continued(positions: Tensor, length: int) -> Tensor:
-    """Cut position ids ``[..., B, n]`` to ``length`` columns, or go on as models do for text: from the highest one."""
+    """Cut position ids ``[..., B, n]`` to ``length`` columns, or go on as ``generate`` does: one up from the last."""
     missing = length - positions.shape[-1]
     if missing <= 0:
         return positions[..., :length]
     further = torch.arange(1, missing + 1, device=positions.device, dtype=positions.dtype)
-    return torch.cat([positions, positions.amax(-1, keepdim=True) + further], -1)
+    return torch.cat([positions, positions[..., -1:] + further], -1)
