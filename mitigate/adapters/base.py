@@ -35,6 +35,8 @@ class Adapter(ABC):
     """Whether the layout needs tokens that only the tokenizer knows; without the processor a stack is refused."""
     nested_images: bool = False
     """Whether the processor takes one list of pictures per prompt, or all pictures of the batch in one."""
+    text_only: bool = True
+    """Whether a prompt may come without a picture."""
     api: ClassVar[int] = 1
     """Version of this interface a plugin is written for; a newer one than the framework's is refused."""
     tiny: ClassVar[str | None] = None

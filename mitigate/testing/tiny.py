@@ -86,10 +86,17 @@ class TinyModel:
         return int(self.processor.tokenizer.pad_token_id)
 
     def inputs(self, prompts: Sequence[Prompt] = PROMPTS) -> dict[str, Tensor]:
-        """Make the model inputs of a left-padded batch of prompts."""
-        pictures = [[_picture(seed) for seed in prompt.pictures] for prompt in prompts]
-        texts = [prompt.text for prompt in prompts]
+        """Make the model inputs of a left-padded batch of prompts; a family that always needs a picture gets one."""
+        asked = self.askable(prompts)
+        pictures = [[_picture(seed) for seed in prompt.pictures] for prompt in asked]
+        texts = [prompt.text for prompt in asked]
         return dict(self.adapter.inputs(self.model, self.processor, texts, pictures))
+
+    def askable(self, prompts: Sequence[Prompt] = PROMPTS) -> list[Prompt]:
+        """Return the prompts as they can be asked: with a picture, where the family takes none without."""
+        if self.adapter.text_only:
+            return list(prompts)
+        return [prompt if prompt.pictures else replace(prompt, pictures=(5,)) for prompt in prompts]
 
     def padded(self, inputs: Mapping[str, Tensor], columns: int) -> dict[str, Tensor]:
         """Return the inputs with more padding on the left."""
