@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from mitigate.adapters.base import Adapter
 from mitigate.adapters.writing import Writing, learn
-from mitigate.core.layout import ImageSpan
+from mitigate.core.layout import ImageSpan, Role
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -178,11 +178,16 @@ class GenericAdapter(Adapter):
         processor: ProcessorMixin | None = None,
     ) -> TokenLayout:
         """Derive the roles of a batch of prompts; see `Adapter.layout`."""
-        self.writing(processor)
+        writing = self.writing(processor)
         layout = super().layout(model, ids, mask, inputs, processor or self._processor)
+        for row, roles, spans in zip(ids.tolist(), layout.prompt_roles, layout.images, strict=True):
+            for span in {span.image: span for span in reversed(spans)}.values():  # the first of each picture
+                # before its first placeholder there may be plain words: the number of a tile
+                first = int(span.positions[0])
+                roles[writing.start(row, first) : first] = int(Role.SEPARATOR)
         pixels = inputs.get("pixel_values")
         tiles = sum(map(len, layout.images))
-        if self.writing(processor).kind == "tiles" and pixels is not None and len(pixels) != tiles:
+        if writing.kind == "tiles" and pixels is not None and len(pixels) != tiles:
             raise LayoutError(
                 f"the inputs bring {len(pixels)} tiles, but the prompts hold the tokens of {tiles};"
                 " make ids and pixels in one call of the processor"

@@ -31,7 +31,8 @@ class Writing:
     ----------
     kind
         ``fixed``: every picture is the same tokens. ``grids``: as many as its ``image_grid_thw`` says. ``rows``: rows
-        with a mark between them, as its ``image_sizes`` says. ``tiles``: several runs of one length between two marks.
+        as its ``image_sizes`` says, with a mark between them or none. ``tiles``: several runs of one length between two
+        marks.
     placeholder
         Id of the token in whose place the model puts features.
     before, after
@@ -110,16 +111,24 @@ class Writing:
         spans, column = [], 0
         while (start := _next(row, self.before[0], column)) is not None:
             end = _next(row, self.after[-1], start)
-            if end is None:
+            if end is None or self.before[0] in row[start + 1 : end]:
                 raise LayoutError("a picture begins in the prompt, but does not end")
             column = end + 1
             index, _ = batch.picture()
-            for first, length in _runs(row[start:column], self.placeholder):
+            tiles = _runs(row[start:column], self.placeholder)
+            for number, (first, length) in enumerate(tiles, 1):
                 if length != self.size:
                     raise LayoutError(f"{length} image tokens in a row, but each tile has {self.size}")
-                places = torch.arange(start + first, start + first + length)
-                spans.append(ImageSpan(index, places, None, start + first + length))
+                first += start
+                stop = column if number == len(tiles) else first + length
+                spans.append(ImageSpan(index, torch.arange(first, first + length), None, stop))
         return spans
+
+    def start(self, row: Sequence[int], first: int) -> int:
+        """Return the column with which a picture begins whose first placeholder is in column ``first``."""
+        if self.kind != "tiles":
+            return first - len(self.before)
+        return next(column for column in range(first, -1, -1) if row[column] == self.before[0])
 
 
 def learn(config: Any, processor: ProcessorMixin, remedy: str) -> Writing:
@@ -219,9 +228,9 @@ def _grids(
 def _rows(config: Any, token: int, made: Any, blocks: Sequence[tuple[int, ...]]) -> dict[str, Any] | None:
     sizes, runs = made.get("image_sizes"), _runs(blocks[0], token)
     patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
-    if sizes is None or not isinstance(patch, int) or tuple(sizes.shape) != (len(SIZES), 2) or len(runs) < 2:
+    if sizes is None or not isinstance(patch, int) or tuple(sizes.shape) != (len(SIZES), 2):
         return None
-    between = blocks[0][sum(runs[0]) : runs[1][0]]
+    between = blocks[0][sum(runs[0]) : runs[1][0]] if len(runs) > 1 else ()
     merge = patch * int(getattr(config, "spatial_merge_size", 1))
     return _explained(
         {"kind": "rows", "merge": merge, "told_by": "image_sizes"}, token, blocks, sizes.tolist(), between=between
