@@ -27,6 +27,11 @@ def speaks() -> bool:
     return started_by_first or not any(map(_number, _LOCAL))
 
 
+def local_rank() -> int:
+    """Return this process's number on its machine."""
+    return max(map(_number, _LOCAL))
+
+
 def place() -> str:
     """Name this process for a message, such as ``process 3 on node7``."""
     number = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if _number(key)), "0")

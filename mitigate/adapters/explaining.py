@@ -56,7 +56,7 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
 
 def _placed_or_quantised(error: Exception, path: str, reason: str, asked: Mapping[str, Any]) -> MitigateError | None:
     """Explain what comes of a device map or of quantised weights."""
-    if asked["device_map"] is not None and any(word in reason for word in ("device_map", "offload", "meta device")):
+    if asked["device_map"] is not None and any(word in reason for word in ("device", "offload")):
         return ConfigError(
             f"model.device_map={asked['device_map']} does not work for {path!r}: {reason}\n"
             "use model.device_map=auto, and give model.offload_folder=FOLDER where parts go to disk"

@@ -17,7 +17,7 @@ import torch
 from mitigate.adapters.base import Adapter
 from mitigate.adapters.explaining import explain
 from mitigate.adapters.generic import GenericAdapter
-from mitigate.adapters.placing import check_memory, device_arguments, is_placed, needed_bytes, stored_numbers
+from mitigate.adapters.placing import check_memory, device_arguments, needed_bytes, stored_numbers
 from mitigate.adapters.quantising import quantization_named
 from mitigate.core.facts import ModelFacts
 from mitigate.errors import DataError, UnsupportedModel
@@ -98,7 +98,7 @@ def load_model(
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     device
-        Device to move the model to; without effect where ``device_map`` is given.
+        Device of the whole model; without effect where ``device_map`` is given.
     attn_implementation, revision, trust_remote_code
         As in transformers' ``from_pretrained``. Weights are read from safetensors only.
     device_map, max_memory, offload_folder
@@ -132,12 +132,11 @@ def load_model(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not local:
         common["local_files_only"] = not _hub_can_be_reached()
-    if device_map in (None, "cpu") and not common.get("local_files_only"):
+    if device_map is None and not common.get("local_files_only"):
         bits = None if stored_as is None else stored_as.bits
         needed = needed_bytes(stored_numbers(folder, revision, local=local), kind, bits)
-        check_memory(path, needed, torch.device(device_map or device), kind, quantization)
-    if stored_as is not None:
-        arguments = {"device_map": {"": device}, **arguments}
+        check_memory(path, needed, torch.device(device), kind, quantization)
+    arguments = arguments or {"device_map": {"": device}}
     asked = {"attn_implementation": attn_implementation, "device_map": device_map, "quantization": quantization}
     try:
         with _quiet():
@@ -145,8 +144,6 @@ def load_model(
             if stored_as is not None:
                 arguments["quantization_config"] = stored_as.config(kind)
             model = _weights(folder, path, dtype=kind, attn_implementation=attn_implementation, **arguments, **common)
-            if not is_placed(model):
-                model = model.to(device)
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise explain(error, path, local=local, asked=asked) from error
     model = model.eval()
@@ -215,11 +212,11 @@ def _hub_can_be_reached() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' loading bar and reports and the hub's retries: what matters ends in an exception."""
+    """Silence transformers' loading bar, reports and the hub's retries: what matters ends in an exception."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate")]
     levels = [logger.level for logger in loggers]
     bars.disable_progress_bar()
     for logger in loggers:

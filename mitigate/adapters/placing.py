@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Words of ``model.device_map``; a mapping from a part of the model to a device serves, too.
-DEVICE_MAPS = ("auto", "balanced", "sequential", "cpu")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 #: Bytes per number, by safetensors' name of its type.
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -56,11 +56,6 @@ def device_arguments(
 def _device(name: Any) -> Any:
     """Return a device as accelerate knows it: a GPU is its number."""
     return int(name) if str(name).isdecimal() else name
-
-
-def is_placed(model: Any) -> bool:
-    """Say whether a model's parts have their devices for good: they must not be moved."""
-    return bool(getattr(model, "hf_device_map", None)) or getattr(model, "is_quantized", False) is True
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -142,6 +137,8 @@ def free_bytes(device: torch.device) -> float | None:
 
 def check_memory(path: str, needed: float, device: torch.device, dtype: torch.dtype, quantization: str | None) -> None:
     """Refuse weights that cannot fit into a device's memory, before they are read.
+
+    What else a run needs (the cache, activations) is not known here, so that weights that barely fit are let through.
 
     Raises
     ------

@@ -179,8 +179,7 @@ def collect(resolved: ResolvedRun, name: str, picture: Image, question: str) -> 
 
     if WATCH in resolved.methods:
         raise ConfigError(f"{WATCH!r} is the key of the built-in attention watch; give the method another key")
-    loaded = ModelCache().get(resolved.config["model"])
-    loaded.model.to(_device(str(resolved.config["trainer"]["accelerator"])))
+    loaded = ModelCache().get(resolved.config["model"], str(resolved.config["trainer"]["accelerator"]))
     inputs = loaded.inputs([question], [[picture]])
     decoding, seed = resolved.config["decoding"], int(resolved.config["seed"])
     arguments = {**generate_arguments(decoding), "max_new_tokens": int(decoding["max_new_tokens"]), "seed": seed}
@@ -207,14 +206,6 @@ def collect(resolved: ResolvedRun, name: str, picture: Image, question: str) -> 
     known = Known(lambda token: str(loaded.processor.decode([token])), length, patches, answers[1].texts)
     telemetry = {key: value for key, value in telemetry.items() if key not in (WATCH, "bus")}
     return Traced(about, answers[0], answers[1], records_of(handle), known, rasters, telemetry, notes)
-
-
-def _device(accelerator: str) -> str:
-    import torch
-
-    if accelerator in ("gpu", "auto", "cuda") and torch.cuda.is_available():
-        return "cuda"
-    return "mps" if accelerator in ("gpu", "auto", "mps") and torch.backends.mps.is_available() else "cpu"
 
 
 def records_of(handle: Handle) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class DirectPath:
 
     def _weight(self, place: int, module: nn.Module) -> Tensor:
         """Return a linear map's matrix ``[out, in]``; one that is quantised or offloaded is applied to the identity."""
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
         if plain and weight.is_floating_point() and weight.dim() == 2:
             return cast(Tensor, weight)

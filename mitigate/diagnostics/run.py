@@ -29,7 +29,6 @@ from mitigate.runner.standalone import configured_tracker, notes_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mitigate.adapters import LoadedModel
     from mitigate.benchmarks.base import Sample
     from mitigate.compose import ResolvedRun
     from mitigate.trackers.base import Tracker
@@ -193,11 +192,10 @@ def _generate(
     if done == wanted:
         line = f"{folder}: all {len(done)} samples are recorded; analysed anew, nothing was generated"
         return header, [line]
-    loaded = models.get(resolved.config["model"])
+    loaded = models.get(resolved.config["model"], str(resolved.config["trainer"]["accelerator"]))
     diagnostic.check_model(loaded.facts)
     header["weights"], before = weights_of_loaded(resolved.config["model"], loaded), header["weights"]
     check_loaded_weights(resolved, before, header["weights"], folder)
-    _to_device(loaded, str(resolved.config["trainer"]["accelerator"]))
     from mitigate.diagnostics.generating import Generator
 
     generator = Generator(resolved, diagnostic, loaded)
@@ -215,16 +213,6 @@ def _generate(
 def _batches(resolved: ResolvedRun, samples: Sequence[Sample], several: bool) -> list[Batch]:
     size = int(resolved.config["trainer"]["batch_size"]) if several else 1
     return plan_batches(resolved.benchmark, samples, size, int(resolved.config["decoding"]["max_new_tokens"]))
-
-
-def _to_device(loaded: LoadedModel, accelerator: str) -> None:
-    """Move the model to the configured kind of device."""
-    import torch
-
-    name = {"gpu": "cuda", "auto": "cuda"}.get(accelerator, accelerator)
-    if name == "cuda" and not torch.cuda.is_available():
-        name = "mps" if accelerator != "cuda" and torch.backends.mps.is_available() else "cpu"
-    loaded.model.to(torch.device(name))
 
 
 def _counts(found: Sequence[SampleRows]) -> dict[str, Any]:

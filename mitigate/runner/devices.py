@@ -6,10 +6,20 @@ from typing import Any
 
 import torch
 
+from mitigate.processes import local_rank
+
 
 def is_divided(model: Any) -> bool:
     """Say whether the parts of a model lie on several devices, in memory or on disk (``device_map``)."""
-    return len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    return len(devices) > 1 or "disk" in devices
+
+
+def target(accelerator: str) -> str:
+    """Return this process's device of a kind (``trainer.accelerator``): the GPU of its number on the machine."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return f"cuda:{local_rank()}"
+    return "mps" if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available() else "cpu"
 
 
 def place(model: Any, device: torch.device) -> None:

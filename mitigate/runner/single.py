@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from mitigate.core.stack import Stack
 
 
+#: What a ``model`` configuration says about loading.
+_LOADING = (
+    "dtype", "attn_implementation", "revision", "trust_remote_code", "device_map", "max_memory", "offload_folder",
+    "quantization", "chat_template",
+)  # fmt: skip
+
+
 @dataclass
 class ModelCache:
     """Loaded models by configuration: a comparison loads each one once.
@@ -45,15 +52,16 @@ class ModelCache:
 
     models: dict[str, LoadedModel] = field(default_factory=dict)
 
-    def get(self, config: Mapping[str, Any]) -> LoadedModel:
-        """Return the model of a ``model`` configuration, loading it the first time."""
+    def get(self, config: Mapping[str, Any], accelerator: str = "cpu") -> LoadedModel:
+        """Return the model of a ``model`` configuration, loading it the first time, onto this kind of device."""
         from mitigate.adapters import load_model
+        from mitigate.runner.devices import target
 
-        arguments = {key: config[key] for key in ("dtype", "attn_implementation", "revision", "trust_remote_code")}
+        arguments = {key: config[key] for key in _LOADING if key in config}
         key = json.dumps({**arguments, "path": config["path"]}, sort_keys=True)
         if key not in self.models:
             with _no_loading_bar():
-                self.models[key] = load_model(config["path"], **arguments)
+                self.models[key] = load_model(config["path"], device=target(accelerator), **arguments)
         return self.models[key]
 
 
@@ -133,7 +141,7 @@ def _finish(
     loaded = None
     if any(batch.missing(done) for batch in batches_of(resolved, stack=None)):
         # Before anything is written: a model that cannot be loaded leaves no folder behind.
-        loaded = models.get(resolved.config["model"])
+        loaded = models.get(resolved.config["model"], str(resolved.config["trainer"]["accelerator"]))
         _check_facts(resolved, loaded)
         weights = weights_of_loaded(resolved.config["model"], loaded)
         check_loaded_weights(resolved, record.weights, weights, run_dir)
