@@ -111,12 +111,19 @@ def check_served(config: Mapping[str, Any], facts: ModelFacts | None) -> str | N
     """
     family: str | None = config["model"]["family"] if facts is None else facts.family
     served = adapters().names()
-    if family is not None and family not in served:
+    if family is not None and family not in served and not _may_be_served(family):
         raise UnsupportedModel(
             f"model={config['model']['name']} is of family {family}, which cannot be run yet (`mitigate plan` works); "
             f"served: {', '.join(served)}. An outside package can bring an adapter (entry-point group mitigate.models)"
         )
     return family
+
+
+def _may_be_served(family: str) -> bool:
+    """Whether transformers has the family: then the generic adapter looks at the model once it is loaded."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
@@ -130,7 +137,7 @@ def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:
         If the family's adapter cannot be used.
     """
     family = check_served(config, facts)
-    if family is not None:
+    if family in adapters().names():
         adapters().get(family)
 
 

@@ -66,9 +66,9 @@ def test_a_model_without_an_adapter_is_refused_before_anything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mitigate.compose.checks.adapters", lambda: SimpleNamespace(names=lambda: ["llava"]))
-    code, _, err = outcome(capsys, *argv, "model=chameleon-30b")
+    code, _, err = outcome(capsys, *argv, "model=qwen-vl-7b")
     assert code == 2
-    assert "model=chameleon-30b is of family chameleon, which cannot be run yet" in err
+    assert "model=qwen-vl-7b is of family qwen, which cannot be run yet" in err
     assert "served: llava." in err
     assert len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
