@@ -19,6 +19,7 @@ BUILTIN = {
     "chameleon": "mitigate.adapters.chameleon:ChameleonAdapter",
     "internvl": "mitigate.adapters.internvl:InternVLAdapter",
     "llava": "mitigate.adapters.llava:LlavaAdapter",
+    "vipllava": "mitigate.adapters.llava:VipLlavaAdapter",
     "llava_next": "mitigate.adapters.llava_next:LlavaNextAdapter",
     "llava_onevision": "mitigate.adapters.llava_onevision:LlavaOnevisionAdapter",
     "gemma3": "mitigate.adapters.gemma3:Gemma3Adapter",
