@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mitigate.adapters.base import Adapter, equal_spans
+from mitigate.adapters.placing import input_device
 from mitigate.adapters.spans import Batch
 from mitigate.core.facts import ModelFacts
 from mitigate.core.layout import ImageSpan, TokenLayout
@@ -159,7 +160,7 @@ class InstructBlipAdapter(Adapter):
             if flat
             else torch.zeros(1, 3, side, side),  # generate wants a picture; no token stands for this one
         }
-        return BatchFeature(batch).to(model.device, dtype=model.dtype)
+        return BatchFeature(batch).to(input_device(model), dtype=model.dtype)
 
 
 def _next(valid: Tensor, column: int) -> int:

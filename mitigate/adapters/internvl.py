@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from mitigate.adapters.base import Adapter, runs
+from mitigate.adapters.placing import input_device
 from mitigate.core.layout import ImageSpan
 from mitigate.errors import LayoutError, UnsupportedModel
 
@@ -146,7 +147,7 @@ class InternVLAdapter(Adapter):
         batch = super().inputs(model, processor, prompts, images)
         sizes = [(picture.height, picture.width) for pictures in images for picture in pictures]
         if sizes:
-            batch["image_sizes"] = torch.tensor(sizes, device=model.device)
+            batch["image_sizes"] = torch.tensor(sizes, device=input_device(model))
         return batch
 
 
