@@ -14,6 +14,8 @@ from mitigate.registry import adapters, suggestion, trackers
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Lightning's names for what this project runs on; whether the machine has it is seen when a run starts.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+_QUANTIZATIONS = ("int8", "bnb-8bit", "bnb-4bit")
+_DEVICE_MAPS = ("auto", "balanced", "sequential")
 _STRATEGIES = ("auto", "ddp")
 _SEEDS = 2**32
 _ON_ERROR = ("stop", "skip")
@@ -31,7 +33,6 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
     """
     decoding, trainer, model, tracker = (config[key] for key in ("decoding", "trainer", "model", "tracker"))
     rules = [
-        (model["path"], "model.path", "name a checkpoint: a hub id or a folder"),
         (decoding["max_new_tokens"] >= 1, "decoding.max_new_tokens", "be at least 1"),
         (decoding["num_beams"] >= 1, "decoding.num_beams", "be at least 1"),
         (decoding["temperature"] > 0, "decoding.temperature", "be above 0; decoding=greedy takes the likeliest token"),
@@ -47,7 +48,7 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
             "be at least 1 with trainer.accelerator=cpu",
         ),
         (trainer["num_nodes"] >= 1, "trainer.num_nodes", "be at least 1"),
-        (model["dtype"] in _DTYPES, "model.dtype", "be one of " + ", ".join(_DTYPES)),
+        *_model_rules(model, trainer),
         (trainer["accelerator"] in ACCELERATORS, "trainer.accelerator", "be one of " + ", ".join(ACCELERATORS)),
         (trainer["strategy"] in _STRATEGIES, "trainer.strategy", "be auto, or ddp for one process per device"),
         (0 <= config["seed"] < _SEEDS, "seed", f"be at least 0 and below 2**32 ({_SEEDS})"),
@@ -73,6 +74,32 @@ def check_values_in_range(config: Mapping[str, Any]) -> None:
                     f"decoding.{key}={decoding[key]} has no effect without sampling; "
                     f"add decoding=sample or drop decoding.{key}"
                 )
+
+
+def _model_rules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[tuple[bool, str, str]]:
+    """Return what holds of a model section: condition, key, and what the key must be or do."""
+    divided = model["device_map"] is not None
+    known = isinstance(model["device_map"], Mapping) or model["device_map"] in (None, *_DEVICE_MAPS)
+    rules = [
+        (bool(model["path"]), "model.path", "name a checkpoint: a hub id or a folder"),
+        (model["dtype"] in _DTYPES, "model.dtype", "be one of " + ", ".join(_DTYPES)),
+        (
+            model["quantization"] in (None, *_QUANTIZATIONS),
+            "model.quantization",
+            "be null or one of " + ", ".join(_QUANTIZATIONS),
+        ),
+        (known, "model.device_map", f"be null, {', '.join(_DEVICE_MAPS)}, or a mapping {{PART: DEVICE}}"),
+        (
+            not divided or (trainer["devices"], trainer["num_nodes"]) == (1, 1),
+            "trainer.devices",
+            "be 1, on one node: model.device_map divides the model over all GPUs already",
+        ),
+    ]
+    alone = "be left out, or stand beside a model.device_map such as auto"
+    limits = model["max_memory"]
+    rules += [(limits is None or isinstance(limits, Mapping), "model.max_memory", "be a mapping {DEVICE: MEMORY}")]
+    rules += [(divided or model[key] is None, f"model.{key}", alone) for key in ("max_memory", "offload_folder")]
+    return rules
 
 
 def _check_tracker(tracker: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Parameters of benchmarks that say where something is and how to reach it.
 PLACES = ("data_dir", "judge_key_env", "judge_retries", "judge_url")
+#: Where the parts of a model lie does not change what it computes.
+PLACING = ("device_map", "max_memory", "offload_folder")
 #: Where a run is written and shown does not change what it computes.
 _NOT_IDENTITY = ("name", "on_error", "runs_dir", "stack", "stacks", "tracker")
 
@@ -53,6 +55,7 @@ class ResolvedRun:
         """Eight hex digits of a hash over everything that decides the result, the order of the methods included."""
         identity = {key: value for key, value in self.config.items() if key not in _NOT_IDENTITY}
         identity["benchmark"] = {key: value for key, value in identity["benchmark"].items() if key not in PLACES}
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in PLACING}
         identity["methods"] = list(self.config["methods"].items())
         text = json.dumps(identity, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -40,10 +40,19 @@ def compose_run(overrides: Sequence[str] = ()) -> ResolvedRun:
         return _run(hydra, overrides)
 
 
-def compose_sweep(overrides: Sequence[str]) -> list[ResolvedRun]:
-    """Compose every job of a sweep such as ``seed=0,1``; all are checked before any is returned."""
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep; one job where nothing is swept."""
     with session() as hydra:
-        jobs = expand_sweeps(hydra, overrides)
+        return expand_sweeps(hydra, overrides, one=True)
+
+
+def compose_sweep(overrides: Sequence[str], *, one: bool = False) -> list[ResolvedRun]:
+    """Compose every job of a sweep such as ``seed=0,1``; all are checked before any is returned.
+
+    A sweep of ``one`` job is refused unless that is allowed.
+    """
+    with session() as hydra:
+        jobs = expand_sweeps(hydra, overrides, one=one)
         runs = [_run(hydra, job) for job in jobs]
         _refuse_repeated(jobs, [[run] for run in runs])
         return runs
@@ -68,10 +77,12 @@ def compose_comparison(
         return _comparison(opened, overrides, notes if notes is not None else [])
 
 
-def compose_comparison_sweep(overrides: Sequence[str], notes: list[str] | None = None) -> list[list[ResolvedRun]]:
-    """Compose every comparison of a sweep; all are checked before any is returned."""
+def compose_comparison_sweep(
+    overrides: Sequence[str], notes: list[str] | None = None, *, one: bool = False
+) -> list[list[ResolvedRun]]:
+    """Compose every comparison of a sweep, as `compose_sweep` does."""
     with session() as hydra:
-        jobs = expand_sweeps(hydra, overrides)
+        jobs = expand_sweeps(hydra, overrides, one=one)
         comparisons = [_comparison(hydra, job, notes if notes is not None else []) for job in jobs]
         _refuse_repeated(jobs, comparisons)
         return comparisons
@@ -153,6 +164,8 @@ def _build(
     config: dict[str, Any], decided: Mapping[str, MethodValues], origins: Mapping[str, str], name: str
 ) -> ResolvedRun:
     check_values_in_range(config)
+    if config["model"]["max_memory"] is not None:  # a GPU is a number here, and records have keys of text only
+        config["model"]["max_memory"] = {str(key): limit for key, limit in config["model"]["max_memory"].items()}
     if config["benchmark"] is None:
         raise ConfigError(f"a run needs a benchmark; known: {', '.join(benchmarks().names())}")
     plugin = benchmarks().get(config["benchmark"]["name"])

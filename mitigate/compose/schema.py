@@ -17,13 +17,24 @@ class ModelConfig:
     path
         Hub id or local folder; ``testbed`` is the model packaged with the project.
     revision
-        Pinned hub revision.
+        Commit, branch or tag of the hub's repository; ``None``: the newest. A record keeps the commit that was loaded.
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     attn_implementation
         transformers' attention implementation (``sdpa``).
     trust_remote_code
         Run code shipped with the checkpoint; only when the user asks by name.
+    device_map
+        ``auto``, ``balanced``, ``sequential`` or a mapping {part: device}: the model is divided over the GPUs, the
+        CPU's memory and the disk. ``None``: whole on one device.
+    max_memory
+        With a device map: device -> its share (``{0: 20GB, cpu: 60GB}``).
+    offload_folder
+        With a device map: folder for what goes to disk.
+    quantization
+        ``int8`` (torchao), ``bnb-8bit`` or ``bnb-4bit`` (bitsandbytes); ``None``: weights as in ``dtype``.
+    chat_template
+        Text of a chat template or path of a ``.jinja`` file; ``None``: the processor's own.
     layers, heads, kv_heads, family, spatial_grid
         Geometry, so that a stack can be planned before the weights are there; checked against the model when loaded.
         ``None``: read from the checkpoint's ``config.json``.
@@ -37,6 +48,11 @@ class ModelConfig:
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
+    device_map: Any = None
+    max_memory: Any = None
+    offload_folder: str | None = None
+    quantization: str | None = None
+    chat_template: str | None = None
     family: str | None = None
     layers: int | None = None
     heads: int | None = None

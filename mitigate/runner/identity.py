@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mitigate.compose.resolved import PLACES
+from mitigate.compose.resolved import PLACES, PLACING
 from mitigate.errors import ConfigError, DataError
 from mitigate.jsonfiles import read_object, to_json
 from mitigate.runner.fingerprint import weights_before_loading
@@ -31,6 +31,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("trainer"), Mapping):
         kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _VOLATILE_TRAINER}
     methods = list(config.get("methods") or {})
+    if isinstance(kept.get("model"), Mapping):
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in PLACING}
     if isinstance(kept.get("benchmark"), Mapping):
         kept["benchmark"] = {key: value for key, value in kept["benchmark"].items() if key not in PLACES}
     return {**_flatten(to_json(kept)), "methods": methods}
