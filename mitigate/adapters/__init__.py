@@ -21,6 +21,7 @@ BUILTIN = {
     "llava": "mitigate.adapters.llava:LlavaAdapter",
     "vipllava": "mitigate.adapters.llava:VipLlavaAdapter",
     "llava_next": "mitigate.adapters.llava_next:LlavaNextAdapter",
+    "llava_next_video": "mitigate.adapters.llava_next:LlavaNextVideoAdapter",
     "llava_onevision": "mitigate.adapters.llava_onevision:LlavaOnevisionAdapter",
     "gemma3": "mitigate.adapters.gemma3:Gemma3Adapter",
     "paligemma": "mitigate.adapters.paligemma:PaliGemmaAdapter",

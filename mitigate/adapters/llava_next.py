@@ -53,9 +53,10 @@ class LlavaNextAdapter(Adapter):
     def picture_facts(
         self, model: PreTrainedModel, inputs: Mapping[str, Any]
     ) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
-        """Return the ``(height, width)`` of every picture before it was processed."""
-        sizes = inputs.get("image_sizes")
-        return None if sizes is None else torch.as_tensor(sizes).tolist(), None
+        """Return the ``(height, width)`` of every picture before it was processed, and the frames of every video."""
+        sizes, videos = inputs.get("image_sizes"), inputs.get("pixel_values_videos")
+        heights_and_widths = None if sizes is None else torch.as_tensor(sizes).tolist()
+        return heights_and_widths, None if videos is None else [len(video) for video in videos]
 
     def image_spans(self, row: Tensor, batch: Batch) -> list[ImageSpan]:
         """Cut the image tokens into pictures, whose numbers of tokens follow from their sizes.
@@ -100,6 +101,12 @@ class LlavaNextAdapter(Adapter):
         if not rows * columns:
             raise LayoutError(f"{self.family}: of a picture of {size[0]} x {size[1]} pixels only padding would be left")
         return [small, raster(index, small.stop, (rows, columns), breaks=True, tiles=tiles)]
+
+    def _frames(self, batch: Batch, start: int, side: int) -> list[ImageSpan]:
+        index, frames = batch.video()
+        if frames is None:
+            raise LayoutError(f"{self.family}: pixel_values_videos is missing; it says how many frames a video has")
+        return [raster(index, start + step * side**2, (side, side), frame=step) for step in range(frames)]
 
     def _joined(self, config: Any, side: int, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns the model keeps of the joined tiles; a tile has ``side`` of them."""
@@ -165,6 +172,23 @@ class LlavaNextAdapter(Adapter):
         if videos:
             chosen["pixel_values_videos"] = torch.stack([images[index] for index in videos])
         return chosen
+
+
+class LlavaNextVideoAdapter(LlavaNextAdapter):
+    """``LlavaNextVideoForConditionalGeneration``: LLaVA-NeXT's pictures, and videos of one pooled raster per frame.
+
+    At the projector the features of a video are those of its pooled frames.
+    """
+
+    family = "llava_next_video"
+    tiny: ClassVar[str | None] = None
+
+    def _readers(self, config: Any) -> dict[int, Callable[[Batch, int], list[ImageSpan]]]:
+        return {**super()._readers(config), config.video_token_id: self._video}
+
+    def _video(self, batch: Batch, start: int) -> list[ImageSpan]:
+        config = batch.model.config
+        return self._frames(batch, start, self._side(config) // config.spatial_pool_stride)
 
 
 def raster(

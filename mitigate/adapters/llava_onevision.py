@@ -39,10 +39,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         self, model: PreTrainedModel, inputs: Mapping[str, Any]
     ) -> tuple[Sequence[Any] | None, Sequence[Any] | None]:
         """Return of every picture its ``(height, width)`` and whether it is alone, of every video its frames."""
-        sizes, _ = super().picture_facts(model, inputs)
-        videos = inputs.get("pixel_values_videos")
-        facts = None if sizes is None else list(zip(sizes, _alone(inputs, len(sizes)), strict=True))
-        return facts, None if videos is None else [len(video) for video in videos]
+        sizes, videos = super().picture_facts(model, inputs)
+        return None if sizes is None else list(zip(sizes, _alone(inputs, len(sizes)), strict=True)), videos
 
     def _readers(self, config: Any) -> dict[int, Callable[[Batch, int], list[ImageSpan]]]:
         return {**super()._readers(config), config.video_token_id: self._video}
@@ -66,11 +64,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else grid
 
     def _video(self, batch: Batch, start: int) -> list[ImageSpan]:
-        index, frames = batch.video()
-        if frames is None:
-            raise LayoutError(f"{self.family}: pixel_values_videos is missing; it says how many frames a video has")
-        side = math.ceil(self._side(batch.model.config) / 2)
-        spans = [raster(index, start + step * side**2, (side, side), frame=step) for step in range(frames)]
+        spans = self._frames(batch, start, math.ceil(self._side(batch.model.config) / 2))
         return [*spans[:-1], _ended(spans[-1])]
 
     def chosen_images(self, inputs: Mapping[str, Any], wanted: Sequence[int], layout: TokenLayout) -> dict[str, Any]:

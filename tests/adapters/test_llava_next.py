@@ -8,9 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoProcessor, SiglipVisionConfig
+from transformers import (
+    AutoProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
-from mitigate.adapters.llava_next import LlavaNextAdapter
+from mitigate.adapters.llava_next import LlavaNextAdapter, LlavaNextVideoAdapter
 from mitigate.core.layout import Role
 from mitigate.errors import LayoutError, UnsupportedModel
 from mitigate.testing.tiny_llava_next import build
@@ -105,6 +110,39 @@ def test_every_position_holds_its_patch():
             assert read[row, breaks].eq(model.model.image_newline).all()
             first, seen = first + 1 + tile_rows * tile_columns, seen + 1
     assert seen == len(SIZES)
+
+
+def test_frames_of_videos_are_pooled_rasters():
+    old = build()[0].config
+    model = LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(
+            vision_config={**old.vision_config.to_dict(), "image_size": 16},
+            text_config=old.text_config,
+            image_token_index=4,
+            video_token_index=5,
+            image_grid_pinpoints=[[16, 32]],
+        )
+    )
+    row = [1, 5, 5, 5, 5, 5, 5, 5, 5, 7, *[4] * (16 + 4 * 9), 8, *[5] * 8, 9]
+    inputs = {
+        "input_ids": torch.tensor([row]),
+        "pixel_values": torch.zeros(1, 3, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 32]]),
+        "pixel_values_videos": torch.randn(2, 2, 3, 16, 16, generator=torch.Generator()),
+    }
+    adapter = LlavaNextVideoAdapter()
+    layout = adapter.layout(model, inputs["input_ids"], None, inputs)
+    read = embedded(model, inputs, lambda shape: torch.arange(float(shape[0] * shape[1])).view(*shape[:2], 1))[0, :, 0]
+    spans = layout.images[0]
+    assert [(span.image, span.frame, span.grid) for span in spans] == [
+        (1, 0, (2, 2)), (1, 1, (2, 2)), (0, None, (4, 4)), (0, None, (4, 8)), (2, 0, (2, 2)), (2, 1, (2, 2)),
+    ]  # fmt: skip
+    for number, span in enumerate([*spans[:2], *spans[4:]]):
+        assert read[span.positions].tolist() == list(range(4 * number, 4 * number + 4))
+    for image, count in zip(adapter.images(inputs, layout), (3, 2, 2), strict=True):
+        assert len(image) == count
+    with pytest.raises(LayoutError, match="pixel_values_videos is missing"):
+        adapter.layout(model, inputs["input_ids"], None, {**inputs, "pixel_values_videos": None})
 
 
 def test_a_row_does_not_depend_on_its_batch():
