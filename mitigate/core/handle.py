@@ -171,6 +171,11 @@ class Handle:
         """Open a request for one call of ``generate`` and close it whatever happens."""
         bus = cast("HookBus", self.bus)
         _check_arguments(kwargs, config)
+        if bus.entry is not self.model and config.prefill_chunk_size is not None:
+            raise UnsupportedModel(
+                f"{bus.facts.family} embeds the prompt before it generates, and that cannot be cut into chunks;"
+                " leave prefill_chunk_size unset"
+            )
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         if ids is None:
             raise LayoutError("generate needs input_ids: token roles cannot be known from embeddings alone")

@@ -84,16 +84,18 @@ class Replay:
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for part in self.passes:
             place = int(self.columns[index]) - part.start
-            if place < 0:
-                continue
             layers = sorted(part.tape)
             weights = [part.tape[layer] for layer in layers]
-            with torch.enable_grad():
-                scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place]).sum()
-            gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
-            mine = part.rows[:, None, None]
-            for layer, weight, gradient in zip(layers, weights, gradients, strict=True):
-                row, slope = weight.detach()[:, :, place] * mine, gradient[:, :, place] * mine
+            if place < 0:  # the text of this pass's samples begins later
+                rows = slopes = [torch.zeros_like(weight[:, :, 0]) for weight in weights]
+            else:
+                with torch.enable_grad():
+                    scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place]).sum()
+                gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
+                mine = part.rows[:, None, None]
+                rows = [weight.detach()[:, :, place] * mine for weight in weights]
+                slopes = [gradient[:, :, place] * mine for gradient in gradients]
+            for layer, row, slope in zip(layers, rows, slopes, strict=True):
                 before = found.get(layer)
                 found[layer] = (row, slope) if before is None else (before[0] + row, before[1] + slope)
         return found
