@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from mitigate.testing.running import (
     tensors_of,
     where,
 )
-from mitigate.testing.tiny import TinyModel
+from mitigate.testing.tiny import Prompt, TinyModel
 
 _REMEDY = "a method acts through what its handlers return and remembers on `state` only"
 
@@ -35,9 +35,9 @@ class _OnPurposeError(RuntimeError):
     """Raised by the checks inside the model and inside handlers."""
 
 
-def _warm(tiny: TinyModel) -> None:
-    """Generate once without a stack: transformers puts its own hooks on a model when it first runs."""
-    generate([], tiny, tiny.inputs(SINGLE), steps=2)
+def _warm(tiny: TinyModel, prompts: Sequence[Prompt] = SINGLE) -> None:
+    """Generate once without a stack: transformers puts its own hooks and notes on a model when it runs."""
+    generate([], tiny, tiny.inputs(prompts), steps=2)
 
 
 def _ensure_untouched(subject: Subject, tiny: TinyModel, before: snapshots.Snapshot, when: str) -> None:
@@ -49,10 +49,10 @@ def _ensure_untouched(subject: Subject, tiny: TinyModel, before: snapshots.Snaps
 @check(needs_model=True)
 def check_detach(subject: Subject) -> None:
     """Leave hooks, attributes, settings, flags, globals and random states as they were after the with block."""
-    tiny = stage(subject)
-    _warm(tiny)
+    tiny, prompts = stage(subject), prompts_for(subject.method)
+    _warm(tiny, prompts)
     before = snapshots.of_model(tiny.model)
-    generate([subject.method], tiny, tiny.inputs(prompts_for(subject.method)))
+    generate([subject.method], tiny, tiny.inputs(prompts))
     _ensure_untouched(subject, tiny, before, "after the with block")
 
 

@@ -71,7 +71,9 @@ def of_model(model: PreTrainedModel) -> Snapshot:
         found[f"hooks of {label}"] = {table: tuple(getattr(module, table)) for table in _HOOKS}
         found[f"parts of {label}"] = {table: _marks(getattr(module, table)) for table in _MEMBERS}
         own = {key: value for key, value in vars(module).items() if key not in (*_HOOKS, *_MEMBERS)}
-        found[f"attributes of {label}"] = _marks(own)
+        # a tensor that is no buffer is what the model notes of its last run: the content counts
+        noted = {key: _frozen(value) for key, value in own.items() if isinstance(value, torch.Tensor)}
+        found[f"attributes of {label}"] = {**_marks(own), **noted}
         if module in SERVED_BY:
             found[f"bus of {label}"] = True
     for name, parameter in model.named_parameters():

@@ -100,11 +100,13 @@ class TinyModel:
 
     def padded(self, inputs: Mapping[str, Tensor], columns: int) -> dict[str, Tensor]:
         """Return the inputs with more padding on the left."""
-        ids, mask = (
-            torch.nn.functional.pad(inputs[name], (columns, 0), value=fill)
-            for name, fill in (("input_ids", self.pad_token), ("attention_mask", 0))
-        )
-        return {**inputs, "input_ids": ids, "attention_mask": mask}
+        shape, fills = inputs["input_ids"].shape, {"input_ids": self.pad_token}
+        return {
+            name: torch.nn.functional.pad(value, (columns, 0), value=fills.get(name, 0))
+            if value.shape == shape  # ids, mask, token types
+            else value
+            for name, value in inputs.items()
+        }
 
     def cast(self, dtype: torch.dtype) -> TinyModel:
         """Return a copy in another dtype."""

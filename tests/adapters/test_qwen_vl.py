@@ -20,7 +20,7 @@ from mitigate.adapters.qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter, Qwen3VLA
 from mitigate.core import Access, Branch, Fidelity, Method, Point, Role, Subscription, Tags
 from mitigate.core.stack import Stack
 from mitigate.errors import LayoutError, UnsupportedModel
-from mitigate.testing import tiny_qwen_vl
+from mitigate.testing import snapshots, tiny_qwen_vl
 
 FAMILIES = {
     "qwen2_vl": (Qwen2VLAdapter(), tiny_qwen_vl.build_qwen2),
@@ -281,6 +281,18 @@ def test_a_side_forward_leaves_the_running_decode_alone(family):
     assert torch.equal(model.model.rope_deltas, kept)
     forward({"mm_token_type_ids": own["mm_token_type_ids"]})  # without positions: what this test is about
     assert model.model.rope_deltas.shape != kept.shape
+
+
+def test_the_conformance_checks_look_at_what_the_model_keeps_of_its_prompt():
+    model = tiny("qwen2_vl")[0]
+    prompts = [processed("qwen2_vl", [(1, [(size, 2)])]) for size in ((60, 20), (32, 32))]
+    for inputs in prompts:
+        model.generate(**inputs, **OPTIONS)
+    before = snapshots.of_model(model)
+    model.generate(**prompts[1], **OPTIONS)
+    assert not snapshots.differences(before, snapshots.of_model(model))
+    model.generate(**prompts[0], **OPTIONS)
+    assert "rope_deltas" in str(snapshots.differences(before, snapshots.of_model(model)))
 
 
 @each_family
