@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
-    CLIPVisionConfig,
     Cohere2Config,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLProcessor,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vProcessor,
     LlamaConfig,
-    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -32,10 +34,8 @@ from transformers import (
     PixtralVisionConfig,
     ProcessorMixin,
     SiglipVisionConfig,
-    VipLlavaConfig,
-    VipLlavaForConditionalGeneration,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -78,25 +78,18 @@ def built(kind: Any, config: Any, special: int) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def vipllava() -> tuple[Any, Any]:
+def deepseek_vl() -> tuple[Any, Any]:
     """Every picture becomes 5 x 5 tokens."""
     words, side = tokenizer(["<image>"], names={"image_token": "<image>"}), 20
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        words,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>"),
-    )
-    config = VipLlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, image_size=side, patch_size=4),
+    pixels = DeepseekVLImageProcessorPil(size={"height": side, "width": side}, min_size=4)
+    processor = DeepseekVLProcessor(pixels, words, template("<image>"), num_image_tokens=25)
+    config = DeepseekVLConfig(
+        vision_config=SiglipVisionConfig(**VISION, image_size=side, patch_size=4),
         text_config=LlamaConfig(**TEXT, vocab_size=len(words)),
-        image_token_index=4,
-        vision_feature_layers=[-1, -2],
+        image_token_id=4,
         **SPECIAL_IDS,
     )
-    return built(VipLlavaForConditionalGeneration, config, 1), processor
+    return built(DeepseekVLForConditionalGeneration, config, 1), processor
 
 
 class Rows(ProcessorMixin):
@@ -174,7 +167,7 @@ def glm4v() -> tuple[Any, Any]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
-    function.__name__: cache(function) for function in (vipllava, mistral3, aya_vision, glm4v)
+    function.__name__: cache(function) for function in (deepseek_vl, mistral3, aya_vision, glm4v)
 }
 
 
@@ -201,7 +194,7 @@ def layout_of(family: str, **changed: Any) -> Any:
 
 #: Rasters of the three pictures as each family's processor makes them, by hand from its rule.
 GRIDS = {
-    "vipllava": [[(5, 5)], [(5, 5), (5, 5)]],
+    "deepseek_vl": [[(5, 5)], [(5, 5), (5, 5)]],
     # 30 x 60 shrinks to 24 x 48, 50 x 50 to 48 x 48; sides are rounded up to multiples of 8
     "mistral3": [[(3, 5)], [(6, 3), (6, 6)]],
     # a wide picture becomes two tiles and the whole, so does a tall one; a square one four and the whole
@@ -292,7 +285,7 @@ def test_methods_that_need_neighbours() -> None:
             handle.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-@pytest.mark.parametrize("family", ["vipllava", "mistral3", "glm4v"])
+@pytest.mark.parametrize("family", ["deepseek_vl", "mistral3", "glm4v"])
 def test_pictures_can_be_taken_and_put_back(family: str) -> None:
     model, processor, adapter, inputs = batch(family)
     layout = layout_of(family)
@@ -314,8 +307,8 @@ def test_pictures_can_be_taken_and_put_back(family: str) -> None:
 
 
 def test_without_its_processor() -> None:
-    model, _ = vipllava()
-    with pytest.raises(ConfigError, match=r"vipllava has no adapter of its own.*stack.attach\(model, processor\)"):
+    model, _ = deepseek_vl()
+    with pytest.raises(ConfigError, match=r"deepseek_vl has no adapter of its own.*stack.attach\(model, processor\)"):
         Stack([Reader()]).attach(model).__enter__()
 
 
@@ -346,7 +339,7 @@ def test_a_video() -> None:
         layout_of("glm4v", input_ids=ids)
 
 
-@pytest.mark.parametrize("family", ["vipllava", "mistral3", "glm4v"])
+@pytest.mark.parametrize("family", ["deepseek_vl", "mistral3", "glm4v"])
 def test_a_branch_needs_positions_that_do_not_depend_on_pictures(family: str) -> None:
     model, processor, _, inputs = batch(family)
     with Stack([VCD()]).attach(model, processor) as handle:
@@ -374,14 +367,14 @@ def test_a_decoder_that_looks_at_pictures_from_aside() -> None:
 
 
 def test_a_configuration_without_placeholders() -> None:
-    model, processor = vipllava()
-    model.config.image_token_id = None
+    model, processor = deepseek_vl()
+    model.config = SimpleNamespace(model_type="blank")
     with pytest.raises(UnsupportedModel, match="names no image_token_id"):
         adapter_for(model, processor)
 
 
 def test_a_processor_that_follows_no_known_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = vipllava()
+    model, processor = deepseek_vl()
     words = iter("<image>" * (9 + number) for number in range(8))
     monkeypatch.setattr(type(processor), "replace_image_token", lambda *_, **__: next(words))
     with pytest.raises(UnsupportedModel, match=r"a rule that is not known \(900 x 300: 9 image tokens, 300 x 900: 10"):
@@ -390,7 +383,7 @@ def test_a_processor_that_follows_no_known_rule(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_number_of_tokens_that_is_no_known_raster() -> None:
     """25 tokens of 6 x 6 patches: something else than patches."""
-    model, processor = vipllava()
+    model, processor = deepseek_vl()
     model.config.vision_config.patch_size = 3
     adapter = adapter_for(model, processor)
     assert not adapter.facts(model).spatial_grid

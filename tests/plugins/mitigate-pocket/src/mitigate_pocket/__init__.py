@@ -1,0 +1,1 @@
+"""Pocket-VL, a toy family that transformers lacks, for mitigate."""
