@@ -32,7 +32,7 @@ Usage: mitigate check NAME [NAME ...] [--check CHECK] [--family FAMILY] [--json]
        mitigate check --list-checks
 
 See whether a method keeps the contract: its class, parameters and tags without a model, then what it does on tiny
-random models of every family, which are built here in milliseconds (nothing is downloaded). Every check runs with the
+random models, which are built here in milliseconds (nothing is downloaded). Every check runs with the
 method's defaults and with each of its test_params(); checks that look at the class only run once.
 
 NAME is a registered name (`mitigate list methods`), or module:Class for a class that no package registers yet, imported
@@ -40,7 +40,8 @@ from the current directory: `mitigate check foo:Foo`.
 
 Options
   --check CHECK     run this check only; can be given several times
-  --family FAMILY   build tiny models of this family only; can be given several times
+  --family FAMILY   run on a tiny model of this family (`mitigate list adapters`) instead of the first one, LLaVA's; can
+                    be given several times, and `--family all` means every one: some minutes
   --json            every single result as JSON, with parameters, family, message and time
   --list-checks     print all checks, each with the rule it stands for
   -h, --help        this text
@@ -80,7 +81,7 @@ def check(arguments: Sequence[str], console: Console) -> int:
         raise ConfigError(f"mitigate check needs the name of a method; known: {', '.join(methods().names())}")
     from mitigate.testing.suite import plan_cases
 
-    families = options.families or None
+    families = tiny_families() if options.families == ["all"] else options.families or None
     with _importable_from_here():
         found = {name: _find(name) for name in dict.fromkeys(options.names)}  # all are found before the first runs
         planned = {name: plan_cases(plugin, families=families, only=options.checks) for name, plugin in found.items()}

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from mitigate.errors import ConfigError
 from mitigate.registry import suggestion
 
-_FLAGS = {"-h": "help", "--help": "help", "-m": "sweep", "--multirun": "sweep", "--json": "json", "--all": "all"}
+_FLAGS = {
+    "-h": "help",
+    "--help": "help",
+    "-m": "sweep",
+    "--multirun": "sweep",
+    "--json": "json",
+    "--all": "all",
+    "--dry-run": "dry",
+}
 #: Flag -> option, the one value it takes, and what it prints.
 _WITH_VALUE = {
     "--cfg": ("config", "job", "the complete configuration of the run"),
@@ -33,6 +41,8 @@ class Options:
         Whether to print the composed configuration and stop (``--cfg job``).
     search_path
         Whether to print where configuration files are looked for and stop (``--info searchpath``).
+    dry
+        Whether to print what a launcher would start and stop.
     """
 
     overrides: list[str]
@@ -42,6 +52,7 @@ class Options:
     all: bool = False
     config: bool = False
     search_path: bool = False
+    dry: bool = False
 
 
 def read_options(command: str, arguments: Sequence[str], allowed: Sequence[str]) -> Options:
@@ -111,6 +122,8 @@ also for models that cannot be run yet; with stacks=[...], plans each of them.
 _FLAG_TEXT = """
 Options
   -m, --multirun   run every combination of values given as KEY=A,B; all are checked before the first starts
+  -m hydra/launcher=NAME [hydra.launcher.KEY=VALUE ...]
+                   hand the jobs to a launcher of Hydra, such as submitit_slurm; --dry-run prints what it would start
   --cfg job        print the complete configuration and stop
   --info searchpath
                    print which packages' configuration files are used, in the order they are looked for, and stop

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mitigate.cli.devices import check_accelerator
 from mitigate.cli.exits import INTERRUPTED
+from mitigate.cli.launching import job_command, launch, split_launcher
 from mitigate.cli.options import help_text, read_options
 from mitigate.cli.searching import show_search_path
 from mitigate.errors import ConfigError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mitigate.compose import ResolvedRun
     from mitigate.records import RunRecord
 
-_ALLOWED = ("sweep", "config", "search_path")
+_ALLOWED = ("sweep", "config", "search_path", "dry")
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -32,11 +33,14 @@ def run(arguments: Sequence[str], console: Console) -> int:
         return show_search_path(console)
     from mitigate.compose import compose_run, compose_sweep
 
-    jobs = compose_sweep(options.overrides) if options.sweep else [compose_run(options.overrides)]
+    overrides, launcher = split_launcher(options.overrides, sweep=options.sweep)
+    jobs = compose_sweep(overrides, one=bool(launcher)) if options.sweep else [compose_run(overrides)]
     if options.config:
         return _print_configs(console, jobs)
     folders = [_directory(job, job.run_name, f"{job.stack_name}-{job.digest}", len(jobs)) for job in jobs]
-    check_before_start(list(zip(jobs, folders, strict=True)))
+    check_before_start(list(zip(jobs, folders, strict=True)), here=not launcher)
+    if launcher or options.dry:
+        return _launch("run", overrides, launcher, folders, console, dry=options.dry)
     from mitigate.runner import run as start
 
     for number, (job, directory) in enumerate(zip(jobs, folders, strict=True), start=1):
@@ -62,10 +66,11 @@ def compare(arguments: Sequence[str], console: Console) -> int:
     from mitigate.compose import comparison_digest, comparison_name, compose_comparison, compose_comparison_sweep
 
     notes: list[str] = []
+    overrides, launcher = split_launcher(options.overrides, sweep=options.sweep)
     if options.sweep:
-        jobs = compose_comparison_sweep(options.overrides, notes)
+        jobs = compose_comparison_sweep(overrides, notes, one=bool(launcher))
     else:
-        jobs = [compose_comparison(options.overrides, notes)]
+        jobs = [compose_comparison(overrides, notes)]
     if options.config:
         return _print_configs(console, [stack for job in jobs for stack in job])
     folders = [
@@ -73,8 +78,11 @@ def compare(arguments: Sequence[str], console: Console) -> int:
         for job in jobs
     ]
     check_before_start(
-        [(run, folder / run.stack_name) for job, folder in zip(jobs, folders, strict=True) for run in job]
+        [(run, folder / run.stack_name) for job, folder in zip(jobs, folders, strict=True) for run in job],
+        here=not launcher,
     )
+    if launcher or options.dry:
+        return _launch("compare", overrides, launcher, folders, console, dry=options.dry)
     for note in dict.fromkeys(notes):
         _say(console, note)
     from mitigate.runner import compare as start
@@ -89,8 +97,29 @@ def compare(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
-def check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
+def _launch(
+    command: str,
+    overrides: Sequence[str],
+    launcher: Sequence[str],
+    folders: Sequence[Path],
+    console: Console,
+    *,
+    dry: bool,
+) -> int:
+    """Hand the jobs of a sweep to a launcher, each with the folder it has in the sweep."""
+    from mitigate.compose import sweep_jobs
+
+    if not launcher:
+        raise ConfigError("--dry-run shows what a launcher would start; add -m hydra/launcher=NAME, or use --cfg job")
+    jobs = sweep_jobs(overrides)
+    commands = [job_command(command, job, folder) for job, folder in zip(jobs, folders, strict=True)]
+    return launch(launcher, commands, console, dry=dry)
+
+
+def check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]], *, here: bool = True) -> None:
     """Refuse all jobs if one of them asks for a model or device that cannot be had, or its folder holds another run.
+
+    Devices are looked for only if the jobs run ``here``.
 
     Raises
     ------
@@ -104,7 +133,7 @@ def check_before_start(jobs: Sequence[tuple[ResolvedRun, Path]]) -> None:
 
     for run, _ in jobs:
         check_family(run.config, run.facts)
-    for accelerator in dict.fromkeys(str(run.config["trainer"]["accelerator"]) for run, _ in jobs):
+    for accelerator in dict.fromkeys(str(run.config["trainer"]["accelerator"]) for run, _ in jobs if here):
         check_accelerator(accelerator, "trainer.accelerator")
     for number, (run, folder) in enumerate(jobs):
         if folder in [other for _, other in jobs[:number]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mitigate.compose.resolved import ResolvedRun, comparison_digest, comparison_name
-from mitigate.compose.run import compose_comparison, compose_comparison_sweep, compose_run, compose_sweep
+from mitigate.compose.run import compose_comparison, compose_comparison_sweep, compose_run, compose_sweep, sweep_jobs
 
 __all__ = [
     "ResolvedRun",
@@ -13,4 +13,5 @@ __all__ = [
     "compose_comparison_sweep",
     "compose_run",
     "compose_sweep",
+    "sweep_jobs",
 ]

@@ -26,13 +26,13 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def expand_sweeps(session: Session, tokens: Sequence[str]) -> list[list[str]]:
+def expand_sweeps(session: Session, tokens: Sequence[str], *, one: bool = False) -> list[list[str]]:
     """Return the override lists of all jobs of a sweep, the last swept key varying fastest.
 
     Raises
     ------
     ConfigError
-        If nothing is swept or a sweep cannot be enumerated.
+        If a sweep cannot be enumerated, or nothing is swept and that is not allowed (``one``).
     """
     choices: list[list[str]] = []
     swept = False
@@ -45,7 +45,7 @@ def expand_sweeps(session: Session, tokens: Sequence[str]) -> list[list[str]]:
         swept = True
         key = override.get_key_element()
         choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    if not swept:
+    if not swept and not one:
         raise ConfigError("-m sweeps values, but no override has several; write key=a,b or drop -m")
     return [list(job) for job in itertools.product(*choices)]
 
