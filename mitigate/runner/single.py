@@ -288,6 +288,9 @@ def _check_facts(resolved: ResolvedRun, loaded: LoadedModel) -> None:
     """Refuse a configured geometry that is not the model's: the plan was made for another model."""
     facts = resolved.facts
     known = {} if facts is None else {name: value for name, value in asdict(facts).items() if value is not None}
+    for assumed in ("spatial_grid", "causal_prompt"):  # true until the model is there: nobody need have said so
+        if known.get(assumed):
+            del known[assumed]
     wrong = [name for name, value in known.items() if value != getattr(loaded.facts, name)]
     if not wrong:
         return
