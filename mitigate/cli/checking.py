@@ -80,6 +80,7 @@ def check(arguments: Sequence[str], console: Console) -> int:
     if not options.names:
         raise ConfigError(f"mitigate check needs the name of a method; known: {', '.join(methods().names())}")
     from mitigate.testing.suite import plan_cases
+    from mitigate.testing.tiny import tiny_families
 
     families = tiny_families() if options.families == ["all"] else options.families or None
     with _importable_from_here():

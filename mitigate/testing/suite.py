@@ -215,7 +215,8 @@ def check_method(
     method
         An instance; or a class, for its defaults and every set of its ``test_params()``.
     families
-        Families of the tiny models; ``None`` for all, empty for the checks without a model.
+        Families of the tiny models; ``None`` for the reference family, ``tiny_families()`` for all, empty for the
+        checks without a model.
     expected_failures
         Check -> reason, for rules the method cannot keep. Strict: a check that passes although it is listed fails.
     extra_checks
@@ -273,11 +274,12 @@ def _subjects(method: Method | type[Method]) -> list[Method]:
 def _families(families: Sequence[str] | None) -> list[str]:
     if families is not None and not families:
         return []
-    from mitigate.testing.tiny import tiny_families
+    from mitigate.testing.tiny import reference_family, tiny_families
 
-    known = tiny_families()
-    _known(families or (), known, "family of tiny models")
-    return known if families is None else list(families)
+    if families is None:
+        return [reference_family()]
+    _known(families, tiny_families(), "family of tiny models")
+    return list(families)
 
 
 def _file(method: Method) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from mitigate.adapters import BUILTIN
 from mitigate.adapters.loading import adapter_for, load_model
 from mitigate.errors import PluginError, UnknownName
 from mitigate.registry import adapters, suggestion
@@ -117,6 +118,11 @@ def tiny_families() -> list[str]:
     """Return the families that have a tiny model: those whose adapter names a builder."""
     known = adapters()
     return [family for family in known.names() if _builder_of(known.get(family))]
+
+
+def reference_family() -> str:
+    """Return the family on which methods are checked unless others are asked for."""
+    return next(iter(BUILTIN))
 
 
 def tiny_model(family: str, seed: int = 0) -> TinyModel:

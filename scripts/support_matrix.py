@@ -1,0 +1,144 @@
+"""Run every built-in method on a tiny model of every family, and write docs/support.json and docs/models/support.md.
+
+python scripts/support_matrix.py                      # all families and methods: several minutes
+python scripts/support_matrix.py --family gemma3      # some families again; can be given several times
+python scripts/support_matrix.py --write              # only write the page again
+python scripts/support_matrix.py --check              # change nothing; exit code 1 if a result or the page is stale
+
+A cell is the outcome of the conformance suite's checks on models, with the method's default parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["MITIGATE_PLUGINS"] = "none"  # read when the registry is first asked
+
+from mitigate.adapters import BUILTIN as FAMILIES
+from mitigate.methods import BUILTIN as METHODS
+from mitigate.registry import adapters, methods
+from mitigate.runner.fingerprint import code_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "support.json"
+PAGE = ROOT / "docs" / "models" / "support.md"
+AGAIN = "run: python scripts/support_matrix.py"
+INTRODUCTION = """\
+<!-- made by scripts/support_matrix.py: change the code, then run it -->
+# Which method runs on which family
+
+Every built-in method, with its default parameters, went through those checks of the conformance suite that need a model
+(`mitigate check NAME --family FAMILY`), on a tiny random model of every family that has an adapter of its own. A number
+is how many checks passed of those that apply: what a method does not declare is not checked. *Refused* means that the
+stack is refused when it is built, with the reason below the table. Tiny models show that positions, hooks, batches,
+caches and gradients are right; they say nothing about how much a method helps on real checkpoints.
+
+Model types without an adapter of their own are served by the [generic adapter](../contribute/add-a-model.md) where they
+explain themselves, and refused otherwise.
+"""
+
+
+def stamp(family: str, method: str) -> str:
+    """Hash the code of a family's adapter and of a method."""
+    module = adapters().get(family).__module__.replace(".", "/") + ".py"
+    text = (ROOT / module).read_bytes() + code_hash(methods().get(method)).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def measure(family: str, method: str) -> dict[str, Any]:
+    """Run the checks of one cell."""
+    from mitigate.errors import ConfigError, UnsupportedModel
+    from mitigate.testing.suite import plan_cases
+    from mitigate.testing.tiny import tiny_model
+
+    plugin = methods().get(method)
+    instance, tiny = plugin(), tiny_model(family)
+    try:
+        instance.check_model("tiny", tiny.facts)
+    except (ConfigError, UnsupportedModel) as refusal:
+        return {"code": stamp(family, method), "refused": str(refusal)}
+    found = [case.run() for case in plan_cases(instance, families=[family]) if case.check.needs_model]
+    refusals = {result.message for result in found if result.message.startswith("refuses this model: ")}
+    if refusals:
+        return {"code": stamp(family, method), "refused": refusals.pop().partition(": ")[2]}
+    failed = {result.check: result.message for result in found if result.bad}
+    run = [result for result in found if result.status != "skipped"]
+    return {"code": stamp(family, method), "passed": len(run) - len(failed), "run": len(run), "failed": failed}
+
+
+def cell(result: Mapping[str, Any] | None) -> str:
+    """Write one cell of the table."""
+    if result is None:
+        return "not run"
+    if "refused" in result:
+        return "refused"
+    return f"{result['passed']} of {result['run']}" + (" **fails**" if result["failed"] else "")
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the page."""
+    names = list(METHODS)
+    lines = [["family", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
+    lines += [[f"`{family}`", *(cell(results.get(family, {}).get(name)) for name in names)] for family in FAMILIES]
+    parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
+    refused: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        for name, result in results.get(family, {}).items():
+            if "refused" in result:
+                refused.setdefault(f"{name}: {result['refused']}", []).append(family)
+            for check, message in result.get("failed", {}).items():
+                refused.setdefault(f"{name} fails {check}: {message}", []).append(family)
+    if refused:
+        parts.append("## Why\n")
+        parts.append("".join(f"* {', '.join(f'`{one}`' for one in who)}: {why}\n" for why, who in refused.items()))
+    return "\n".join(parts)
+
+
+def stale(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what the stored results no longer describe."""
+    found = []
+    for family in FAMILIES:
+        for name in METHODS:
+            result = results.get(family, {}).get(name)
+            if result is None or result["code"] != stamp(family, name):
+                found.append(f"{name} on {family}: no result for this code; {AGAIN} --family {family}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write or check; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="measure this family only")
+    parser.add_argument("--write", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something is stale")
+    options = parser.parse_args(arguments)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if options.check:
+        problems = stale(results)
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page(results):
+            problems.append(f"{PAGE.relative_to(ROOT)} is stale; {AGAIN} --write")
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        return 1 if problems else 0
+    for family in [] if options.write else options.family or list(FAMILIES):
+        results[family] = {}
+        for name in METHODS:
+            results[family][name] = measure(family, name)
+            print(
+                f"{family} {name}: {cell(results[family][name])}", results[family][name].get("failed") or "", flush=True
+            )
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
