@@ -205,6 +205,10 @@ def _generate(
     config = resolved.config
     stack = Stack(resolved.methods)
     batches = batches_of(resolved, stack)
+    asked = int(config["trainer"]["batch_size"])
+    if not stack.batch and asked > 1:
+        line = f"{resolved.stack_name}: a method serves one sample at a time: batches of 1 instead of {asked}"
+        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
     progress.begin(resolved.stack_name, sum(len(batch.samples) for batch in batches), len(done))
     module = StackModule(
         loaded=loaded,

@@ -202,23 +202,31 @@ def comparing(folder: Path) -> dict[str, Any]:
     return {**launch(2, folder / "said", start), "there": (folder / "c" / "comparison.json").exists()}
 
 
-def wrong(folder: Path) -> dict[str, Any]:
-    """A wrong command, and a scheduler that has started other processes than were asked for."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77"}
+def slurm(folder: Path) -> dict[str, Any]:
+    """A scheduler has started the processes: those that were asked for, or others."""
+    given = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77"}
     ranks = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "RANK", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
 
-    def start(console: Any) -> None:
-        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(key, None)
-        job(folder / "s", 1)(console)
+    def start(devices: int, name: str) -> Callable[[Any], None]:
+        def alone(console: Any) -> None:
+            for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(key, None)
+            job(folder / name, devices)(console)
 
-    return {"slurm": launch(2, folder / "said", start, {**slurm, **ranks})}
+        return alone
+
+    one = {**given, **ranks, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    return {
+        "wrong": launch(2, folder / "said", start(1, "wrong"), {**given, **ranks}),
+        "two": {**launch(2, folder / "said-2", start(2, "two"), {**given, **ranks}), "lines": lines(folder / "two")},
+        "one": {**launch(1, folder / "said-1", start(1, "one"), one), "lines": lines(folder / "one")},
+    }
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     install(setattr, FakeLoaded())
     run(resolved(), place / "warm", console=Console(quiet=True))  # loads everything once, before the first fork
-    cases = {"same": same, "failing": failing, "skipping": skipping, "comparing": comparing, "wrong": wrong}
+    cases = {"same": same, "failing": failing, "skipping": skipping, "comparing": comparing, "slurm": slurm}
     chosen = sys.argv[2:] or list(cases)
     sys.stdout.write(json.dumps({name: cases[name](place / name) for name in chosen}) + "\n")

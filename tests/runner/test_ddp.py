@@ -103,8 +103,17 @@ def test_a_comparison_of_several_processes_has_one_table(seen: dict[str, Any]) -
 
 
 @FORKED
+def test_processes_that_a_scheduler_has_started(seen: dict[str, Any]) -> None:
+    one, two = (seen["slurm"][name] for name in ("one", "two"))
+    assert (one["codes"], two["codes"]) == ([0], [0, 0]), one["said"] + two["said"]
+    assert two["said"][1] == ""
+    assert len(one["lines"]) == 24
+    assert two["lines"] == one["lines"]
+
+
+@FORKED
 def test_other_processes_than_were_asked_for_are_refused_once(seen: dict[str, Any]) -> None:
-    case = seen["wrong"]["slurm"]
+    case = seen["slurm"]["wrong"]
     assert case["codes"] == [2, 2]
     assert "trainer.devices=1" in case["said"][0]
     assert "--ntasks-per-node=2" in case["said"][0]
