@@ -220,7 +220,7 @@ def _rasters(row: Tensor, model: PreTrainedModel, processor: Any) -> Iterator[_R
         tile = _TILE.fullmatch(name)
         if tile is None and name != _WHOLE:
             raise LayoutError(
-                f"{name[:40]!r} stands where a picture or a tile of it is named;"
+                f"image tokens follow {name[-40:]!r}, not the name of a picture or of a tile;"
                 " was the prompt made by this model's processor?"
             )
         lead = _text(row[seen:opens], processor).removeprefix(processor.fake_image_token)

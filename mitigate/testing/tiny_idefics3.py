@@ -27,7 +27,7 @@ _MARKS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 _IMAGE = 4 + _MARKS.index("<image>")
 _NAMES = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
 #: Words of the sentences around the frames of a video, and line ends.
-_FRAMES = ("\n\n", "\n", "Frame", "from", "00", "01", "You", "provided", "following", "series", "frames", "video")
+_FRAMES = ("\n\n", "\n", "Frame", "from", "00", "01", "02", "You", "provided", "following", "series", "frames", "video")
 _CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
