@@ -140,6 +140,7 @@ def load_model(
     asked = {"attn_implementation": attn_implementation, "device_map": device_map, "quantization": quantization}
     try:
         with _quiet():
+            _bring_family(folder, **common)
             processor = load_processor(folder, chat_template, **common)
             if stored_as is not None:
                 arguments["quantization_config"] = stored_as.config(kind)
@@ -170,6 +171,15 @@ def _weights(folder: str, path: str, **arguments: Any) -> PreTrainedModel:
             f"check that config.json belongs to the weights"
         )
     return cast("PreTrainedModel", model)
+
+
+def _bring_family(folder: str, **common: Any) -> None:
+    """Import the adapter of a checkpoint's family: a package that brings one may register its classes there."""
+    from transformers import PretrainedConfig
+
+    values, _ = PretrainedConfig.get_config_dict(folder, **common)
+    if values.get("model_type") in adapters().names():
+        adapters().get(str(values["model_type"]))
 
 
 def _is_local(path: str) -> bool:

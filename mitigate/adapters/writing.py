@@ -168,7 +168,7 @@ def learn(config: Any, processor: ProcessorMixin, remedy: str) -> Writing:
             f" known ({counts})\n{remedy}"
         )
     tensors = {name for name, value in made.items() if isinstance(value, torch.Tensor)}
-    tensors -= {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+    tensors = {name for name in tensors if made[name].shape != made["input_ids"].shape}  # those say something of tokens
     single = frozenset(name for name in tensors if len(made[name]) == len(SIZES))
     other_pixels = {name for name in tensors if made[name].is_floating_point() and made[name].dim() > 2}
     rest = (frozenset(tensors) - single | other_pixels) - {"pixel_values"}
