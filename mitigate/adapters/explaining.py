@@ -42,7 +42,7 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
         )
     if found := _out_of_memory(error, path) or (None if local else _hub(error, path)) or _package(error, path, text):
         return found
-    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError) or "not a valid JSON" in reason:
         return DataError(
             f"cannot load model {path!r}: one of its JSON files is not valid JSON ({reason}); copy it again"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,6 +20,9 @@ TEMPLATE_FILE = ".jinja"
 
 class _WithoutVideos(ProcessorMixin):  # type: ignore[misc]
     """Stands between a family's processor and its base: what comes from the family has a video part, the base none."""
+
+    #: What chat templates ask a video processor for, also without videos.
+    video_processor: Any = SimpleNamespace(num_frames=None, fps=None)
 
     def __init__(self, *parts: Any, **named: Any) -> None:
         given = {**dict(zip(super().get_attributes(), parts, strict=False)), **named}

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from mitigate.adapters import load_model
+from mitigate.adapters.explaining import explain
+from mitigate.adapters.processors import load_processor
 from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
 from mitigate.testbed.model import checkpoint_path
+from mitigate.testing.tiny import tiny_families, tiny_model
 
 TEXT_MODEL = {
     "model_type": "llama",
@@ -116,3 +126,128 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
     assert bars.is_progress_bar_enabled()
     assert logging.getLogger("transformers").level == level
+
+
+#: Families whose processors have a video part, which torchvision alone can run.
+WITH_VIDEOS = {
+    "internvl", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", tiny_families())
+def test_a_local_folder(family: str, tmp_path: Path) -> None:
+    """Saved and loaded, a model of every family answers as before, with the processor it was saved with."""
+    tiny = tiny_model(family)
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_model(str(tmp_path))
+    without_videos = [str(warning.message) for warning in caught if "torchvision" in str(warning.message)]
+    assert len(without_videos) == (family in WITH_VIDEOS and not is_torchvision_available())
+    assert type(loaded.processor).__name__ == type(tiny.processor).__name__
+    assert loaded.adapter.family == family
+    picture = Image.effect_noise((40, 28), 80).convert("RGB")
+    inputs = loaded.adapter.inputs(tiny.model, tiny.processor, ["what is there"], [[picture]])
+    again = loaded.inputs(["what is there"], [[picture]])
+    assert inputs.keys() == again.keys()
+    for name, value in inputs.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(again[name])), name
+    with torch.no_grad():
+        assert torch.equal(tiny.model(**inputs).logits, loaded.model(**again).logits)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="with torchvision there is a video processor")
+def test_a_processor_without_videos_refuses_them(tmp_path: Path) -> None:
+    tiny = tiny_model("internvl")
+    tiny.processor.save_pretrained(tmp_path)
+    tiny.model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    config["video_processor"] = {"video_processor_type": "InternVLVideoProcessor"}  # as in the hub's repositories
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="pictures work and videos do not.*pip install torchvision"):
+        processor = load_processor(str(tmp_path))
+    assert processor.get_attributes() == ["image_processor", "tokenizer"]
+    with pytest.raises(UnsupportedModel, match="videos need: pip install torchvision"):
+        processor(text=["x"], videos=[[Image.new("RGB", (28, 28))]])
+
+
+# ------------------------------------------------------------------------------------------------------- chat templates
+
+TEMPLATE = (
+    "{% for message in messages %}Q:{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}"
+    "{% endfor %} A:"
+)
+
+
+def test_another_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    for template in (TEMPLATE, str(tmp_path / "mine.jinja")):
+        loaded = load_model("testbed", chat_template=template)
+        assert loaded.adapter.prompt_text(loaded.processor, "what", 1) == "Q:<image>what A:"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("nowhere.jinja", "model.chat_template=nowhere.jinja cannot be read: No such file"),
+        ("{{ messages", "no template that works: unexpected end of template"),
+        ("hello", "leaves the user's words out: a question becomes 'hello'"),
+    ],
+)
+def test_a_chat_template_that_does_not_work(template: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_model("testbed", chat_template=template)
+
+
+# ------------------------------------------------------------------------------------------------- what the hub answers
+
+
+def answer(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> OSError:
+    """What transformers raises when the hub answers with a status: its own error over the hub's."""
+    try:
+        try:
+            raise kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+        except HfHubHTTPError as error:
+            raise OSError("You cannot have it.\nReally.") from error
+    except OSError as error:
+        return error
+
+
+ASKED = {"attn_implementation": "sdpa", "device_map": None, "quantization": None}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (answer(403, GatedRepoError), "is gated\naccept its licence at .*/org/model, then log in with: hf auth login"),
+        (answer(403), "is gated\naccept its licence"),
+        (answer(401, RepositoryNotFoundError), "no such model, or it is private\ncheck model.path, or .*hf auth login"),
+        (answer(404, RevisionNotFoundError), "no such revision; correct model.revision"),
+        (ValueError("x contains custom code; pass `trust_remote_code=True`"), "read that code, then set model.trust_"),
+        (ImportError("Using bitsandbytes needs it"), "needs bitsandbytes, which is not installed: pip install bits"),
+        (ImportError("\nXImageProcessor requires the Torchvision library"), "needs torchvision, .*pip install torch"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory while loading.*\nuse model.dtype=bfloat16"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory while loading"),
+    ],
+)
+def test_what_the_hub_and_packages_say(error: Exception, message: str) -> None:
+    explained = explain(error, "org/model", local=False, asked=ASKED)
+    assert isinstance(explained, MitigateError)
+    assert re.search(message, str(explained)), explained
+    assert len(str(explained).splitlines()) <= 2
+
+
+def test_an_offline_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set, and it is not in the local cache"):
+        load_model("nobody/nothing-of-this-name")
+
+
+def test_code_of_its_own(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForImageTextToText": "mine.Net"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(UnsupportedModel, match=r"code of its own.*\n.*model.trust_remote_code=true"):
+        load_model(str(folder))
