@@ -140,7 +140,7 @@ def test_positions_hold_the_pooled_patches_in_raster_order() -> None:
 
 def batch() -> Any:
     """Rows with a picture and crops, without a picture, and with two pictures."""
-    images = [[picture(90, 30)], [], [picture(40, 40, 1), picture(30, 80, 2)]]
+    images = [[picture(90, 30)], [], [picture(40, 40, 1), picture(30, 50, 2)]]
     return processed(["<start_of_image> a dog ?", "red", "<start_of_image>and<start_of_image>"], images)
 
 
@@ -164,10 +164,10 @@ def test_pixels_go_back_where_they_came_from() -> None:
     inputs = batch()
     layout = layout_of(inputs)
     images = ADAPTER.images(inputs, layout)
-    assert [len(image) for image in images] == [4, 1, 4]
+    assert [len(image) for image in images] == [4, 1, 3]
     assert torch.equal(ADAPTER.with_images(inputs, images, layout)["pixel_values"], inputs["pixel_values"])
     swapped = processed(
-        ["<start_of_image>", "<start_of_image>"], [[picture(30, 80, 2)], [picture(90, 30)]]
+        ["<start_of_image>", "<start_of_image>"], [[picture(30, 50, 2)], [picture(90, 30)]]
     )["pixel_values"]  # fmt: skip
     assert torch.equal(ADAPTER.chosen_images(inputs, [2, 0], layout)["pixel_values"], swapped)
     assert torch.equal(ADAPTER.images(inputs, layout.repeated(2))[2], images[2])
@@ -180,7 +180,7 @@ def test_features_are_divided_into_pictures_and_joined_again() -> None:
     with torch.no_grad():
         output = model.get_image_features(inputs["pixel_values"]).pooler_output
     features = ADAPTER.features(output, layout)
-    assert [len(feature) for feature in features] == [4 * 16, 16, 4 * 16]
+    assert [len(feature) for feature in features] == [4 * 16, 16, 3 * 16]
     columns = torch.cat([span.positions for span in layout.images[2] if span.image == 2])
     assert torch.equal(merged.embeddings(model, inputs)[2, columns], features[2])
     assert torch.equal(ADAPTER.joined(features, output), output)
@@ -199,7 +199,7 @@ def test_what_cannot_be_known_is_refused() -> None:
         layout_of(inputs, processor=False)
     one = processed(["<start_of_image> a", "dog"], [[picture(40, 40)], []])
     assert len(layout_of(one, processor=False).images[0]) == 1
-    with pytest.raises(LayoutError, match="9 pictures and crops, but the prompts hold the tokens of 1"):
+    with pytest.raises(LayoutError, match="8 pictures and crops, but the prompts hold the tokens of 1"):
         layout_of({**one, "pixel_values": inputs["pixel_values"]})
     with pytest.raises(LayoutError, match="image tokens in a row"):
         layout_of({name: one[name][:, 4:] for name in ("input_ids", "attention_mask")})
