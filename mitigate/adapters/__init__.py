@@ -19,6 +19,7 @@ BUILTIN = {
     "qwen2_vl": "mitigate.adapters.qwen_vl:Qwen2VLAdapter",
     "qwen2_5_vl": "mitigate.adapters.qwen_vl:Qwen2_5VLAdapter",
     "qwen3_vl": "mitigate.adapters.qwen_vl:Qwen3VLAdapter",
+    "qwen3_vl_moe": "mitigate.adapters.qwen_vl:Qwen3VLMoeAdapter",
     "internvl": "mitigate.adapters.internvl:InternVLAdapter",
     "chameleon": "mitigate.adapters.chameleon:ChameleonAdapter",
     "instructblip": "mitigate.adapters.instructblip:InstructBlipAdapter",

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: every picture in its own resolution, positions in time, rows and columns."""
+"""The Qwen-VL family (2, 2.5, 3): every picture in its own resolution, positions in time, rows and columns."""
 
 from __future__ import annotations
 
@@ -167,6 +167,18 @@ class Qwen2VLAdapter(Adapter):
             first += count
         return result
 
+    def without_images(self, model: PreTrainedModel, row: Tensor, processor: ProcessorMixin | None) -> Tensor:
+        """Return the prompt without its pictures and videos.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the frames of a video stand apart: their time stamps cannot be told from the user's words.
+        """
+        if self.frames_apart and bool((row == model.config.video_token_id).any()):
+            raise UnsupportedModel(f"{self.family}: a video cannot be left out of a prompt, its time stamps would stay")
+        return super().without_images(model, row, processor)
+
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
     """``Qwen2_5_VLForConditionalGeneration``: in its tower (point ``vision``) patches stand in the order of windows."""
@@ -187,14 +199,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     tiny: ClassVar[str | None] = "mitigate.testing.tiny_qwen_vl:build_qwen3"
     frames_apart: ClassVar[bool] = True
 
-    def without_images(self, model: PreTrainedModel, row: Tensor, processor: ProcessorMixin | None) -> Tensor:
-        """Return the prompt without its pictures.
 
-        Raises
-        ------
-        UnsupportedModel
-            If it holds a video: the time stamps before its frames cannot be told from the user's words.
-        """
-        if bool((row == model.config.video_token_id).any()):
-            raise UnsupportedModel(f"{self.family}: a video cannot be left out of a prompt, its time stamps would stay")
-        return super().without_images(model, row, processor)
+class Qwen3VLMoeAdapter(Qwen2VLAdapter):
+    """``Qwen3VLMoeForConditionalGeneration``: as Qwen3-VL, with experts; ``mlp_output`` is their weighted sum."""
+
+    family = "qwen3_vl_moe"
+    tiny: ClassVar[str | None] = "mitigate.testing.tiny_qwen_vl:build_qwen3_moe"
+    frames_apart: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Tiny Qwen-VL models (2, 2.5, 3) with their processors: random weights, made in code, nothing is downloaded."""
+"""Tiny Qwen-VL models (2, 2.5, 3, with experts) and their processors: random weights, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -75,12 +77,23 @@ def build_qwen3(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     seed
         Seed of the weights; the global random state is left alone.
     """
-    sizes = {"hidden_size": _WIDTH, "intermediate_size": 2 * _WIDTH, "out_hidden_size": _WIDTH}
-    vision = {**_vision(), **sizes, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    text = {**_text(), "head_dim": _WIDTH // _HEADS}
-    text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **_TOKENS, **SPECIAL_IDS)
+    config = Qwen3VLConfig(text_config=_text3(), vision_config=_vision3(), **_TOKENS, **SPECIAL_IDS)
     return _built(Qwen3VLForConditionalGeneration, config, seed), _processor(Qwen3VLProcessor)
+
+
+def build_qwen3_moe(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Make a Qwen3-VL as `build_qwen3` does, with two of four experts for every token.
+
+    Parameters
+    ----------
+    seed
+        Seed of the weights; the global random state is left alone.
+    """
+    text = {**_text3(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": _WIDTH}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=_vision3(), **_TOKENS, **SPECIAL_IDS)
+    model = _built(Qwen3VLMoeForConditionalGeneration, config, seed)
+    model.set_experts_implementation("eager")  # the fused one knows no float64, in which gradients are checked
+    return model, _processor(Qwen3VLProcessor)
 
 
 def _built(kind: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -111,6 +124,17 @@ def _vision() -> dict[str, Any]:
         "spatial_merge_size": _MERGE,
         "temporal_patch_size": 2,
     }
+
+
+def _text3() -> dict[str, Any]:
+    text = _text()
+    positions = {**text["rope_parameters"], "mrope_interleaved": True}
+    return {**text, "head_dim": _WIDTH // _HEADS, "rope_parameters": positions}
+
+
+def _vision3() -> dict[str, Any]:
+    sizes = {"hidden_size": _WIDTH, "intermediate_size": 2 * _WIDTH, "out_hidden_size": _WIDTH}
+    return {**_vision(), **sizes, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 
 
 def _tokenizer() -> Any:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mitigate.adapters.qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter, Qwen3VLAdapter
+from mitigate.adapters.qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter, Qwen3VLAdapter, Qwen3VLMoeAdapter
 from mitigate.core import Access, Branch, Fidelity, Method, Point, Role, Subscription, Tags
 from mitigate.core.stack import Stack
 from mitigate.errors import LayoutError, UnsupportedModel
@@ -26,6 +26,7 @@ FAMILIES = {
     "qwen2_vl": (Qwen2VLAdapter(), tiny_qwen_vl.build_qwen2),
     "qwen2_5_vl": (Qwen2_5VLAdapter(), tiny_qwen_vl.build_qwen2_5),
     "qwen3_vl": (Qwen3VLAdapter(), tiny_qwen_vl.build_qwen3),
+    "qwen3_vl_moe": (Qwen3VLMoeAdapter(), tiny_qwen_vl.build_qwen3_moe),
 }
 CELL, LEAST, MOST = 8, 16 * 16, 32 * 32  # pixels along a token's side, and of a whole picture
 PICTURE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -81,7 +82,7 @@ class Frames:
 
     def __call__(self, videos, **options):
         grids = torch.tensor([[len(video) // 2, video[0].shape[0] // 4, video[0].shape[1] // 4] for video in videos])
-        facts = [SimpleNamespace(fps=2.0, sampled_fps=2.0, frames_indices=[*range(len(video))]) for video in videos]
+        facts = [SimpleNamespace(fps=2.0, sampled_fps=1.0, frames_indices=[*range(len(video))]) for video in videos]
         patches = torch.randn(int(grids.prod(-1).sum()), 96)
         return {"pixel_values_videos": patches, "video_grid_thw": grids, "video_metadata": facts}
 
@@ -176,7 +177,7 @@ def test_videos_are_frames_and_counted_after_the_pictures(family):
         begin, end = int(parts[0].positions[0]), int(parts[-1].positions[-1])
         inside = roles[begin : end + 1]
         assert ((inside == Role.IMAGE) | (inside == Role.SEPARATOR)).all()
-        assert bool((inside == Role.SEPARATOR).any()) == (family == "qwen3_vl")
+        assert bool((inside == Role.SEPARATOR).any()) == family.startswith("qwen3")
     assert [roles[0], roles[int(still.positions[-1]) + 2], roles[-1]] == [Role.SYSTEM, Role.PROMPT, Role.PROMPT]
     assert layout.after_image[0] == len(ids) - 1
 
