@@ -123,13 +123,15 @@ def arrange(tiles: Sequence[Tile], mode: str) -> list[list[Raster]]:
 
 
 def stitch(tiles: Sequence[Tile]) -> Raster:
-    """Join tiles to one raster as they lie in the picture.
+    """Join tiles to one raster as they lie in the picture; a single one is that raster, wherever it lies.
 
     Raises
     ------
     UnsupportedModel
         If a tile's place is unknown, or the tiles do not fill a rectangle.
     """
+    if len(tiles) == 1:
+        return tiles[0].raster
     at = {tile.place: tile.raster for tile in tiles if tile.place is not None}
     downs, rights = sorted({place[0] for place in at}), sorted({place[1] for place in at})
     heights = {down: {raster.grid[0] for place, raster in at.items() if place[0] == down} for down in downs}

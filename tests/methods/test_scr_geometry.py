@@ -165,6 +165,12 @@ def test_stitched_tiles_lie_side_by_side():
     assert thumbnail.patches == tuple(range(35, 44))
 
 
+def test_tiles_that_the_model_has_joined_stay_as_they_are():
+    _, joined, *_, thumbnail = tiles_2x2()
+    joined = Tile(joined.raster)
+    assert arrange([thumbnail, joined], "stitched") == [[joined.raster, thumbnail.raster]]
+
+
 def test_other_arrangements():
     tiles = tiles_2x2()
     rasters = [tile.raster for tile in tiles]
