@@ -35,6 +35,8 @@ class Adapter(ABC):
     """Whether the layout needs tokens that only the tokenizer knows; without the processor a stack is refused."""
     nested_images: bool = False
     """Whether the processor takes one list of pictures per prompt, or all pictures of the batch in one."""
+    layout_only: frozenset[str] = frozenset()
+    """Inputs that nothing but the layout needs; under a stack ``generate`` goes on without them."""
     text_only: bool = True
     """Whether a prompt may come without a picture."""
     api: ClassVar[int] = 1
@@ -69,7 +71,10 @@ class Adapter(ABC):
         return cast(nn.Module, self.entry(model).get_output_embeddings())
 
     def logits(self, model: PreTrainedModel, logits: Tensor) -> Tensor:
-        """Return what the model makes of its unembedding's output ``[..., V]``: a soft cap, where it has one."""
+        """Return what the model makes of its unembedding's output ``[..., V]``: a soft cap, where it has one.
+
+        Every logit depends on its own raw value alone.
+        """
         cap = getattr(self.decoder_config(model), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

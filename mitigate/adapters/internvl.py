@@ -34,6 +34,7 @@ class InternVLAdapter(Adapter):
 
     family = "internvl"
     needs_processor = True
+    layout_only = frozenset({"image_sizes"})  # the model takes them and makes nothing of them
     tiny: ClassVar[str | None] = "mitigate.testing.tiny_internvl:build"
 
     def projector(self, model: PreTrainedModel) -> nn.Module:

@@ -206,6 +206,8 @@ class Handle:
             edited = edit_images(bus, request, kwargs)
             request.replace_images(edited)
             kwargs.update(edited)  # what the caller's generate goes on with
+            for name in bus.adapter.layout_only:
+                kwargs.pop(name, None)
             yield request
             bus.end()
         finally:

@@ -25,7 +25,7 @@ from mitigate.core import (
 from mitigate.core.plan import SERVED, bind, plan_stack
 from mitigate.core.points import LAYER_POINTS
 from mitigate.core.stack import Stack
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, UnsupportedModel
 from mitigate.registry import BUILTIN_DISTRIBUTION, methods
 from mitigate.testing.base import Skip, Subject, check, ensure, fail
 from mitigate.testing.running import (
@@ -150,16 +150,24 @@ def check_without_grid(subject: Subject) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Method):
-    """Looks at everything and changes nothing."""
+    """Looks at everything and changes nothing.
+
+    Parameters
+    ----------
+    without
+        Points that the model has not.
+    """
 
     name: ClassVar[str] = "probe"
     summary: ClassVar[str] = "looks at everything and changes nothing"
     fidelity: ClassVar[Fidelity] = Fidelity.CONTROL
     tags: ClassVar[Tags] = Tags(reads=frozenset(Point))
 
+    without: frozenset[Point] = frozenset()
+
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:
         """Read every point of the main stream and every attention row."""
-        points = SERVED - {Point.TEXT_INPUT, Point.SELECT_TOKEN, Point.TOKEN_CHOSEN}
+        points = SERVED - {Point.TEXT_INPUT, Point.SELECT_TOKEN, Point.TOKEN_CHOSEN} - self.without
         layers = tuple(range(model.layers))
         return [
             Subscription(
@@ -178,6 +186,17 @@ class Probe(Method):
         if attribute.startswith("on_"):
             return self._look
         raise AttributeError(attribute)
+
+
+def _lacking(tiny: TinyModel) -> frozenset[Point]:
+    """Return the points of pictures that a family has not, for want of a tower or of features."""
+    lacking = set()
+    for point, part in ((Point.VISION, tiny.adapter.vision_layers), (Point.VISUAL_EMBEDDINGS, tiny.adapter.projector)):
+        try:
+            part(tiny.model)
+        except UnsupportedModel:
+            lacking.add(point)
+    return frozenset(lacking)
 
 
 def _others(tiny: TinyModel) -> Iterator[tuple[str, Method]]:
@@ -227,7 +246,8 @@ def check_is_observed(subject: Subject) -> None:
     tiny, method = stage(subject), subject.method
     inputs = tiny.inputs(PROMPTS if method.tags.batch else SINGLE)
     expected = generate({"it": method}, tiny, inputs)
-    for order in ({"it": method, "probe": Probe()}, {"probe": Probe(), "it": method}):
+    probe = Probe(without=_lacking(tiny))
+    for order in ({"it": method, "probe": probe}, {"probe": probe, "it": method}):
         place = apart(expected, generate(order, tiny, inputs), TOLERANCE)
         ensure(
             not place,

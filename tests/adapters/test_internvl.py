@@ -14,7 +14,9 @@ from PIL import Image
 
 from mitigate.adapters.internvl import InternVLAdapter
 from mitigate.core.layout import Role
+from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
+from mitigate.methods.locore import LocoRE
 from mitigate.testing.tiny_internvl import build
 
 TILE, SIDE, MOST = 24, 3, 4
@@ -144,6 +146,10 @@ def test_adapters_own_inputs_bring_the_sizes_and_the_model_takes_them():
     plain = {name: value for name, value in inputs.items() if name != "image_sizes"}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**plain, **options))
     assert "image_sizes" not in ADAPTER.inputs(model, processor, ["who"], [[]])
+    with Stack([LocoRE(beta=0.5)]).attach(model, processor) as handle:
+        whole = handle.generate(**inputs, **options)
+        chunks = handle.generate(**inputs, **options, prefill_chunk_size=9)  # for which sizes would be in the way
+    assert torch.equal(whole, chunks)
 
 
 def test_features_at_a_span_are_its_patches_in_raster_order():
