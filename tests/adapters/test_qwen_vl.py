@@ -139,7 +139,7 @@ def layout_of(family, inputs):
 
 
 @each_family
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(prompts=st.lists(PROMPT, min_size=1, max_size=3))
 def test_the_layout_is_that_of_the_resizing_rule(family, prompts):
     layout, number = layout_of(family, processed(family, prompts)), 0
@@ -222,7 +222,7 @@ def rule(kinds, grids):
 
 
 @each_family
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(prompts=st.lists(PROMPT, min_size=1, max_size=3))
 def test_positions_are_those_of_the_paper_and_of_the_models_own_generate(family, prompts):
     adapter, (model, _) = FAMILIES[family][0], tiny(family)
