@@ -56,7 +56,7 @@ class DirectPath:
             self._normed = normed
 
     def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._normed = (args[0][:, -1].detach(), output[:, -1].detach())
+        self._normed = (args[0][:, -1].detach().to(output.device), output[:, -1].detach())
 
     def gradients(self, rows: Mapping[int, tuple[Tensor, Tensor]], cotangent: Tensor) -> dict[int, Tensor]:
         """Approximate d(cotangent . logits) / d(attention weights) of one row.
@@ -76,18 +76,20 @@ class DirectPath:
         """
         if self._normed is None:
             raise HookError("the final norm did not run in this step; the direct path has no scale to freeze")
-        before, after = (part.float() for part in self._normed)
         unembedding = self._weight(-1, self._unembedding).float()
+        before, after = (part.float().to(unembedding.device) for part in self._normed)
+        cotangent = cotangent.float().to(unembedding.device)
         # a norm without shift is x * (weight / scale): its diagonal is output over input, element by element
         diagonal = after / torch.where(before == 0, torch.ones_like(before), before)
-        direction = (self._through_head(after, cotangent.float(), unembedding) @ unembedding) * torch.where(
+        direction = (self._through_head(after, cotangent, unembedding) @ unembedding) * torch.where(
             before == 0, 0.0, diagonal
         )
         found: dict[int, Tensor] = {}
         for layer, (weights, values) in rows.items():
             batch, heads, keys = weights.shape
             groups = values.shape[1]
-            per_head = (direction @ self._weight(layer, self._projections[layer]).float()).view(batch, groups, -1, 1)
+            projection = self._weight(layer, self._projections[layer]).float().to(values.device)
+            per_head = (direction.to(values.device) @ projection).view(batch, groups, -1, 1)
             width = values.shape[-1]
             per_head = per_head.view(batch, groups, heads // groups, width)
             found[layer] = (per_head @ values.float().transpose(-1, -2)).reshape(batch, heads, keys)
@@ -96,8 +98,12 @@ class DirectPath:
     def _through_head(self, normed: Tensor, cotangent: Tensor, unembedding: Tensor) -> Tensor:
         """Bring a cotangent of the logits ``[B, V]`` back to the unembedding's output: through a soft cap or a mask."""
         raw = normed @ unembedding.t()
-        slope: Tensor = torch.func.jvp(self._finish, (raw,), (torch.ones_like(raw),))[1]  # no backward is needed
-        return cotangent * slope
+        if self._finish(raw) is raw:
+            return cotangent
+        # a logit depends on its own raw value alone: two values tell its slope, without a graph and its backward
+        exact, step = raw.double(), 1e-4
+        slope = (self._finish(exact + step) - self._finish(exact - step)) / (2 * step)
+        return cotangent * slope.to(cotangent.dtype)
 
     def _weight(self, place: int, module: nn.Module) -> Tensor:
         """Return a linear map's matrix ``[out, in]``; one that is quantised or offloaded is applied to the identity."""
