@@ -21,6 +21,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
+from sections import write_section
 
 from mitigate import Stack, load_model
 from mitigate.core.method import Method
@@ -147,14 +148,14 @@ def main() -> None:
     if options.write:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
         head = [
-            "# What a stack costs",
+            "## Time over plain generation",
             "",
             "Made by `python scripts/benchmark_overhead.py --write docs/performance.md`"
             f" (torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {machine}).",
             "Each ratio pairs a stack with plain `model.generate` measured just before it, in the same process.",
             "",
         ]
-        options.write.write_text("\n".join([*head, *lines]))
+        write_section(options.write, "overhead", [*head, *lines])
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from typing import Any
 
 os.environ["MITIGATE_PLUGINS"] = "none"  # read when the registry is first asked
 
-from mitigate.adapters import BUILTIN as FAMILIES
 from mitigate.methods import BUILTIN as METHODS
 from mitigate.registry import adapters, methods
 from mitigate.runner.fingerprint import code_hash
 
+FAMILIES = [family for family in adapters().names() if adapters().get(family).tiny]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "support.json"
 PAGE = ROOT / "docs" / "models" / "support.md"
