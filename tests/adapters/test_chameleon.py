@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from mitigate.adapters.chameleon import ChameleonAdapter
+from mitigate.core.direct import DirectPath
 from mitigate.core.layout import Role
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
 from mitigate.testing.tiny_chameleon import build
@@ -101,6 +102,17 @@ def test_lens_logits_are_masked_as_the_models_own():
     codes = [token for word, token in processor.tokenizer.get_vocab().items() if word.startswith("IMGIMG")]
     assert bool((ADAPTER.logits(model, raw[0, -1])[codes] == torch.finfo(raw.dtype).min).all())
     assert len(codes) == model.config.vq_config.num_embeddings
+
+
+def test_the_direct_path_follows_no_masked_logit():
+    model, _ = tiny()
+    path = DirectPath(model, ADAPTER)
+    head = model.lm_head.weight.detach()
+    normed, cotangent = torch.randn(2, head.shape[1]), torch.randn(2, head.shape[0])
+    raw = (normed @ head.t()).requires_grad_()
+    (expected,) = torch.autograd.grad(ADAPTER.logits(model, raw), raw, cotangent)
+    assert bool((expected == 0).any())
+    torch.testing.assert_close(path._through_head(normed, cotangent, head), expected)
 
 
 def test_pixels_come_back_as_they_went():
