@@ -30,12 +30,12 @@ _CHAT_TEMPLATE = (
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 _PATCH, _SIDE, _POOLED = 2, 16, 4  # 16 x 16 patches, of which 4 x 4 share a token
-_WINDOW = 8  # less than a picture
+_WINDOW = 24  # a picture is in sight of what directly follows it, and then no more
 _LAYERS, _WIDTH, _HEADS = 4, 32, 4
 
 
 def build(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Make a Gemma 3 of four layers, three of which keep the latest 8 keys only, and the processor that fits it.
+    """Make a Gemma 3 of four layers, three of which keep the latest 24 keys only, and its processor.
 
     Every picture becomes 4 x 4 tokens. Called with ``do_pan_and_scan=True, pan_and_scan_min_crop_size=16`` the
     processor adds crops of wide and high ones.
