@@ -324,6 +324,14 @@ def test_a_prompt_that_the_processor_would_not_write(family: str) -> None:
             layout_of(family, input_ids=ids)
 
 
+def test_a_placeholder_outside_of_the_marks() -> None:
+    _, _, _, inputs = batch("aya_vision")
+    ids = inputs["input_ids"].clone()
+    ids[1, -2] = 7
+    with pytest.raises(LayoutError, match="that its processor would not write"):
+        layout_of("aya_vision", input_ids=ids)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_of_another_number_of_pictures(family: str) -> None:
     _, _, _, inputs = batch(family, [[(40, 20)], [(30, 60)]])
@@ -381,9 +389,16 @@ def test_a_processor_that_follows_no_known_rule(monkeypatch: pytest.MonkeyPatch)
         adapter_for(model, processor).facts(model)
 
 
+def test_grids_that_do_not_explain_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = glm4v()
+    monkeypatch.setattr(type(processor), "replace_image_token", lambda *_, **__: "<|image|>" * 7)
+    with pytest.raises(UnsupportedModel, match="a rule that is not known"):
+        adapter_for(model, processor).facts(model)
+
+
 def test_a_number_of_tokens_that_is_no_known_raster() -> None:
-    """25 tokens of 6 x 6 patches: something else than patches."""
+    """25 tokens of 10 x 10 patches: something else than patches."""
     model, processor = deepseek_vl()
-    model.config.vision_config.patch_size = 3
+    model.config.vision_config.patch_size = 2
     adapter = adapter_for(model, processor)
     assert not adapter.facts(model).spatial_grid
