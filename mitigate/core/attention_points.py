@@ -209,10 +209,10 @@ class AttentionPoints:
 
     @staticmethod
     def _selection(rows: Any, request: Request, frame: Frame, device: torch.device) -> RowSelection | None:
-        """Rows of this forward a subscription asks for: local indices ``[R]`` and mask ``[B, R]``; once per forward."""
-        if rows not in frame.selections:
-            frame.selections[rows] = _select(rows, request, frame, device)
-        return frame.selections[rows]
+        """Rows of this forward a subscription asks for: indices ``[R]`` and mask ``[B, R]``; once per device."""
+        if (rows, device) not in frame.selections:
+            frame.selections[rows, device] = _select(rows, request, frame, device)
+        return frame.selections[rows, device]
 
 
 def _on_mask(subscription: Subscription) -> bool:

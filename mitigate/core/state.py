@@ -108,7 +108,7 @@ class MethodState(SimpleNamespace):
     def count_changes(self) -> None:
         """Count the attention rows changed in the forward that ends: ``rows_edited`` and ``l1_change``."""
         if self._changes:
-            changes = torch.cat(self._changes, 1)
+            changes = torch.cat([change.to(self._changes[0].device) for change in self._changes], 1)
             self.count("rows_edited", (changes > 0).sum(1))
             self.count("l1_change", changes.sum(1))
             self._changes.clear()

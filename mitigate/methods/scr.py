@@ -272,14 +272,14 @@ class SCR(Method):
                 picture.rank, picture.norms = measured(picture)
 
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> None:
-        """Sum A[h, t, v_i] over layers, averaged over heads and voting text rows t."""
+        """Sum A[h, t, v_i] over layers, averaged over heads and voting text rows t; ``heads`` is ``[H, N]``."""
         for picture, voters in state.voters:
-            rows = torch.searchsorted(event.rows, voters)
-            heads = event.probs[picture.place[0]][:, rows][:, :, picture.columns].double().mean(1)  # [H, N]
+            rows = torch.searchsorted(event.rows, voters.to(event.rows.device)).to(event.probs.device)
+            heads = event.probs[picture.place[0]][:, rows][:, :, picture.columns.to(rows.device)].double().mean(1)
             if self.head_fraction < 1.0:
                 kept = math.ceil(self.head_fraction * len(heads))
                 heads = heads[heads.sum(-1).sort(descending=True, stable=True).indices[:kept]]
-            state.maps[picture.place] = state.maps.get(picture.place, 0.0) + heads.mean(0)
+            state.maps[picture.place] = state.maps.get(picture.place, 0.0) + heads.mean(0).to(picture.columns.device)
 
     def _choose(self, request: Request, pictures: Sequence[spatial.Picture]) -> spatial.Roles:
         """Choose a sample's sources by descending A, and who owns which neighbour; patches are columns."""
@@ -316,7 +316,7 @@ class SCR(Method):
             return None
         if transfer.span[0] < event.start or transfer.span[1] >= stop:
             raise UnsupportedModel(f"{self.name} needs all image tokens in one forward; leave prefill_chunk_size unset")
-        hidden = event.hidden.clone()
+        hidden, transfer = event.hidden.clone(), transfer.to(event.hidden.device)
         source, column = transfer.givers[:, 0], transfer.givers[:, 1] - event.start
         snapshot = event.hidden[source, column]
         given = (self.lam - 1.0) * snapshot[transfer.giver]
@@ -333,8 +333,8 @@ class SCR(Method):
     def _add_norms(self, event: HiddenStates, state: MethodState) -> None:
         """Sum the norms of the unedited patches over the layers that will be edited."""
         for picture, _ in state.voters:
-            norms = spatial.norms(event.hidden[picture.place[0], picture.columns - event.start])
-            state.norms[picture.place] = state.norms.get(picture.place, 0.0) + norms
+            norms = spatial.norms(event.hidden[picture.place[0]]).to(picture.columns.device)
+            state.norms[picture.place] = state.norms.get(picture.place, 0.0) + norms[picture.columns - event.start]
 
     def _count_entropy(self, samples: Sequence[Sequence[spatial.Picture]], copies: int, state: MethodState) -> Tensor:
         """Count entropies over an image's patches, averaged over a sample's ranked images; return the last, ``[B]``."""

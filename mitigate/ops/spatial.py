@@ -295,6 +295,12 @@ class Transfer:
             (min(touched), max(touched)),
         )
 
+    def to(self, device: torch.device) -> Transfer:
+        """Return the places on the device of the states they are meant for."""
+        if self.givers.device == device:
+            return self
+        return Transfer(self.givers.to(device), self.takers.to(device), self.giver.to(device), self.span)
+
 
 def norms(states: Tensor) -> Tensor:
     """L2 norms, ``[..., D]`` -> ``[...]``, float32 at least."""
@@ -303,8 +309,12 @@ def norms(states: Tensor) -> Tensor:
 
 
 def norm_sums(states: Tensor, places: Tensor, start: int = 0) -> Tensor:
-    """Sum the norms at places ``[n, 2]`` of ``[B, Q, D]`` by row, ``[B]``; the first of the Q columns is ``start``."""
-    each = norms(states[places[:, 0], places[:, 1] - start])
+    """Sum the norms at places ``[n, 2]`` of ``[B, Q, D]`` by row, ``[B]`` on the device of the places.
+
+    The first of the Q columns is ``start``.
+    """
+    row, column = places[:, 0].to(states.device), places[:, 1].to(states.device) - start
+    each = norms(states[row, column]).to(places.device)
     return each.new_zeros(states.shape[0]).index_add(0, places[:, 0], each)
 
 
