@@ -23,6 +23,7 @@ from tests.core.test_branches import Contrast
 from tests.core.test_points import Probe
 
 ADAPTER, QUERIES = InstructBlipAdapter(), 8
+PICTURES = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
 PROMPT = st.tuples(st.integers(0, 2), st.integers(1, 6))
 
 
@@ -73,6 +74,12 @@ def test_inputs_are_those_of_the_processor():
     long = model.generate(**short, max_new_tokens=4, do_sample=False, eos_token_id=[])
     alone = model.generate(**ours, max_new_tokens=4, do_sample=False, eos_token_id=[])
     assert torch.equal(long[1, -4:], alone[0, -4:])
+    both = made([text, "dog"], [[picture(1)], [picture(2)]])  # a short question beside a long one is answered the same
+    found, expected = (
+        model.get_image_features(**{name: given[name] for name in PICTURES}).pooler_output[-1]
+        for given in (both, made(["dog"], [[picture(2)]]))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     told = processor.tokenizer(["dog"], return_tensors="pt")
     said = model.language_model.generate(**told, max_new_tokens=4, do_sample=False, eos_token_id=[])
     unseen = model.generate(**made(["dog"], [[]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
@@ -115,20 +122,20 @@ def test_pixels_of_pictures():
     assert all(torch.equal(same[name], inputs[name]) for name in inputs)
     chosen = ADAPTER.chosen_images(inputs, [2, 0], layout)
     other = made(["dog", "describe this image"], [[picture(3)], [picture(1)]])
-    assert set(chosen) == {"pixel_values", "qformer_input_ids", "qformer_attention_mask"}
+    assert set(chosen) == set(PICTURES)
     assert all(torch.equal(chosen[name], other[name]) for name in chosen)
     unseen = made(["dog"], [[]])
     assert ADAPTER.images(unseen, layout_of(unseen)) == []
 
 
 class Looker(Contrast):
-    """Contrasts with a branch that sees negatives, and notes which pictures are projected for a stream."""
+    """Contrasts with a branch that sees negatives, and notes which pictures are projected for it."""
 
     tags = replace(Contrast.tags, reads=frozenset({Point.VISUAL_EMBEDDINGS}))
 
     def subscriptions(self, model):
-        streams = frozenset({"main", self.branch})
-        looks = Subscription(point=Point.VISUAL_EMBEDDINGS, access=Access.READ, branches=streams)
+        there = frozenset({self.branch})
+        looks = Subscription(point=Point.VISUAL_EMBEDDINGS, access=Access.READ, branches=there)
         return [*super().subscriptions(model), looks]
 
     def on_visual_embeddings(self, event, state):
@@ -155,10 +162,10 @@ def test_a_branch_sees_its_own_pictures():
     assert torch.equal(given, found)
     others = [trace.values["other"] for trace in traces if "other" in trace.values]
     torch.testing.assert_close(torch.tensor(others), torch.stack(expected), rtol=0, atol=2e-4)
-    names = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
-    shown = [model.get_image_features(**{name: given[name] for name in names}) for given in (inputs, negative)]
-    features = [float(output.pooler_output[0].detach().sum()) for output in shown]
-    assert [trace.values["seen"] for trace in traces if "seen" in trace.values] == pytest.approx(features)
+    shown = model.get_image_features(**{name: negative[name] for name in PICTURES}).pooler_output.detach()
+    assert [trace.values["seen"] for trace in traces if "seen" in trace.values] == [
+        pytest.approx(float(shown[0].sum()))
+    ]
 
 
 def test_what_cannot_be_served_is_refused():
