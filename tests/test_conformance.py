@@ -1,8 +1,9 @@
 """Every registered method passes the conformance suite.
 
 All parameter sets of all methods are checked by ``scripts/make_docs.py --conformance``, whose stored result is tied to
-the code of the methods. Here every check meets one parameter set of every method, another one from check to check, so
-that a change anywhere else is noticed.
+the code of the methods, and on all families by ``scripts/support_matrix.py``. Here every check meets one parameter set
+of every method, another one from check to check, and every method meets some checks on every family, so that a change
+anywhere else is noticed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 from mitigate.registry import methods
 from mitigate.testing.base import Skip
 from mitigate.testing.suite import Case, plan_cases
+from mitigate.testing.tiny import reference_family, tiny_families
 
 
 def one_set_each(name: str) -> Iterator[Case]:
@@ -25,10 +27,25 @@ def one_set_each(name: str) -> Iterator[Case]:
         yield cases[index % len(cases)]
 
 
+def some_checks(number: int, name: str) -> Iterator[Case]:
+    """Yield a few of a method's checks on every other family; which ones goes round."""
+    others = [family for family in tiny_families() if family != reference_family()]
+    for place, family in enumerate(others, start=number):
+        cases = [case for case in plan_cases(methods().get(name)(), families=[family]) if case.check.needs_model]
+        yield from cases[place % STRIDE :: STRIDE]
+
+
+#: One of so many checks on models runs on each family that is not the reference.
+STRIDE = 11
 CASES = [case for name in methods().names() for case in one_set_each(name)]
+FAMILY_CASES = [case for number, name in enumerate(methods().names()) for case in some_checks(number, name)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.method.name}-{case.check.name}-{case.family}" for case in CASES])
+def _id(case: Case) -> str:
+    return f"{case.method.name}-{case.check.name}-{case.family}"
+
+
+@pytest.mark.parametrize("case", [*CASES, *FAMILY_CASES], ids=_id)
 def test_every_method_conforms(case: Case) -> None:
     try:
         case.call()
