@@ -82,6 +82,12 @@ class Adapter(ABC):
         """Return the linear map from the concatenated heads of a block to the residual stream."""
         return cast(nn.Module, self.attention(layer).o_proj)
 
+    def output_norm(self, layer: Any) -> nn.Module | None:
+        """Return the norm a block applies to what its attention adds (RMSNorm); most blocks have none."""
+        if hasattr(layer, "post_feedforward_layernorm"):  # then the norm named after attention follows it
+            return cast(nn.Module, layer.post_attention_layernorm)
+        return getattr(layer, "post_self_attn_layernorm", None)
+
     def mlp(self, layer: Any) -> nn.Module:
         """Return the MLP of a block; its input and output are ``[B, Q, D]``."""
         return cast(nn.Module, layer.mlp)
@@ -334,12 +340,22 @@ class Adapter(ABC):
         texts = [
             self.prompt_text(processor, prompt, len(pictures)) for prompt, pictures in zip(prompts, images, strict=True)
         ]
+        texts = [_begun_once(processor, text) for text in texts]
         flat = [picture for pictures in images for picture in pictures]
         given: Any = [list(pictures) for pictures in images] if self.nested_images else flat
         batch = processor(
             text=texts, images=given if flat else None, return_tensors="pt", padding=True, padding_side="left"
         )
         return cast("BatchFeature", batch.to(input_device(model), dtype=model.dtype))
+
+
+def _begun_once(processor: ProcessorMixin, text: str) -> str:
+    """Leave out the beginning-of-sequence token that a chat template writes where the tokenizer adds it itself."""
+    words = processor.tokenizer
+    begin = words.bos_token
+    if not begin or not text.startswith(begin) or words("").input_ids[:1] != [words.bos_token_id]:
+        return text
+    return text.removeprefix(begin)
 
 
 def _attention_layers(text: Any) -> tuple[int, ...] | None:

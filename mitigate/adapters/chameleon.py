@@ -45,6 +45,10 @@ class ChameleonAdapter(Adapter):
         """
         raise UnsupportedModel(f"{self.family}: pictures become codes of the vocabulary; there are no image features")
 
+    def output_norm(self, layer: Any) -> nn.Module | None:
+        """Return the norm on what attention adds: with ``swin_norm`` a block's first norm stands there."""
+        return cast(nn.Module, layer.input_layernorm) if "Swin" in type(layer).__name__ else None
+
     def logits(self, model: PreTrainedModel, logits: Tensor) -> Tensor:
         """Return logits under which no picture code is ever chosen, as the model's forward does."""
         codes = torch.tensor(model.model.vocabulary_mapping.image_tokens, device=logits.device)

@@ -149,12 +149,6 @@ class Gemma3Adapter(Adapter):
             )
         return super().without_images(model, row, processor)
 
-    # ------------------------------------------------------------------------------------------------------ the inputs
-
-    def prompt_text(self, processor: ProcessorMixin, prompt: str, pictures: int) -> str:
-        """Return the text of a user's turn; its first token comes from the tokenizer, so it is not in the text."""
-        return super().prompt_text(processor, prompt, pictures).removeprefix(processor.tokenizer.bos_token)
-
 
 def _rasters(layout: TokenLayout) -> list[int]:
     """Return of how many rasters each picture of the batch consists."""

@@ -6,13 +6,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mitigate.core.layout import Role, TokenLayout
 from mitigate.core.vocabulary import Vocabulary
-from mitigate.errors import ConfigError
+from mitigate.errors import ConfigError, MitigateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
 #: Entries of the shared memory; what was used least recently is dropped.
 CAPACITY = 256
-#: Stands in for a user's words when the chat template is taken apart.
-_ANY_WORDS = "one two three"
+#: Stand in for a user's words and picture when a prompt is taken apart.
+_ANY_WORDS, _SIDE = "one two three", 64
+#: Processor -> template -> tokens before and after the user's words.
+_AFFIXES: WeakKeyDictionary[Any, dict[str, tuple[list[int], list[int]] | None]] = WeakKeyDictionary()
 
 
 class Attachment:
@@ -86,7 +90,7 @@ class Attachment:
             ``[B, P]`` bool; ``None`` if the processor or its template is not known, or a prompt with a picture does not
             follow the template.
         """
-        affixes: tuple[list[int], list[int]] | None = self.shared("template", self._affixes)
+        affixes = self._known_affixes()
         if affixes is None:
             return None
         head, tail = (torch.tensor(part, device=ids.device, dtype=ids.dtype) for part in affixes)
@@ -101,11 +105,23 @@ class Attachment:
             inside[row] = (columns >= first) & (columns < last) & (layout.prompt_roles[row] == Role.PROMPT)
         return inside
 
-    def _affixes(self) -> tuple[list[int], list[int]] | None:
-        """Tokens the template puts between a picture and the user's words, and after them."""
-        if getattr(self.processor, "chat_template", None) is None:
+    def _known_affixes(self) -> tuple[list[int], list[int]] | None:
+        """Return `_affixes`, found once per processor and template: it takes two calls of the processor."""
+        if self.processor is None:
             return None
-        bare, full = (self._after_picture(words) for words in ("", _ANY_WORDS))
+        known = _AFFIXES.setdefault(self.processor, {})
+        template = getattr(self.processor, "chat_template", None)
+        key = template if isinstance(template, str) else str(template)
+        if key not in known:
+            known[key] = self._affixes()
+        return known[key]
+
+    def _affixes(self) -> tuple[list[int], list[int]] | None:
+        """Tokens the processor puts between a picture and the user's words, and after them."""
+        try:
+            bare, full = (self._after_picture(words) for words in ("", _ANY_WORDS))
+        except MitigateError:  # the family has no way of asking about one picture in one turn
+            return None
         if bare is None or full is None:
             return None
         tail = _common(bare[::-1], full[::-1])
@@ -113,10 +129,10 @@ class Attachment:
         return full[:head], full[len(full) - tail :]
 
     def _after_picture(self, words: str) -> list[int] | None:
-        content = [{"type": "image"}, {"type": "text", "text": words}]
-        message = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(message, add_generation_prompt=True)  # type: ignore[union-attr]
-        tokens: list[int] = self.processor.tokenizer(text)["input_ids"]  # type: ignore[union-attr]
+        """Return the tokens that follow a picture and what frames it, in a prompt as the adapter makes it."""
+        picture = Image.new("RGB", (_SIDE, _SIDE))
+        inputs = self._adapter.inputs(self._model, cast(Any, self.processor), [words], [[picture]])
+        tokens = inputs["input_ids"][0].tolist()
         images = self._adapter.image_tokens(self._model.config)
         places = [place for place, token in enumerate(tokens) if token in images]
         if not places:

@@ -35,28 +35,37 @@ class DirectPath:
     """
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
-        self._projections = [adapter.output_projection(layer) for layer in adapter.decoder_layers(model)]
+        layers = list(adapter.decoder_layers(model))
+        self._projections = [adapter.output_projection(layer) for layer in layers]
         self._unembedding: nn.Module = adapter.unembedding(model)
-        self._norm = adapter.final_norm(model)
+        #: Norms on the path by layer; the last one, under -1, is the norm before the unembedding.
+        self._norms = {-1: adapter.final_norm(model)}
+        self._norms |= {index: norm for index, layer in enumerate(layers) if (norm := adapter.output_norm(layer))}
         self._finish = partial(adapter.logits, model)
         self._dense: dict[int, Tensor] = {}
-        self._normed: tuple[Tensor, Tensor] | None = None
+        self._normed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def install(self, undo: ExitStack) -> None:
-        """Watch the final norm, whose scale is frozen at its value in the running step."""
-        undo.callback(self._norm.register_forward_hook(self._after_norm).remove)
+        """Watch the norms, whose scales are frozen at their values in the running step."""
+        for place, norm in self._norms.items():
+            undo.callback(norm.register_forward_hook(partial(self._after_norm, place)).remove)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep the frozen scale of the running step through a pass of another stream."""
-        normed = self._normed
+        normed = dict(self._normed)
         try:
             yield
         finally:
             self._normed = normed
 
-    def _after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._normed = (args[0][:, -1].detach().to(output.device), output[:, -1].detach())
+    def _after_norm(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._normed[place] = (args[0][:, -1].detach().to(output.device), output[:, -1].detach())
+
+    def _diagonal(self, place: int, device: torch.device) -> Tensor:
+        """Return the frozen scale of a norm without shift, ``x * (weight / scale)``: output over input, ``[B, D]``."""
+        before, after = (part.float().to(device) for part in self._normed[place])
+        return torch.where(before == 0, 0.0, after / torch.where(before == 0, torch.ones_like(before), before))
 
     def gradients(self, rows: Mapping[int, tuple[Tensor, Tensor]], cotangent: Tensor) -> dict[int, Tensor]:
         """Approximate d(cotangent . logits) / d(attention weights) of one row.
@@ -72,24 +81,23 @@ class DirectPath:
         -------
         dict
             Layer -> ``[B, H, K]``: ``g[h, j] = (J_norm^T U^T c) . W_O[h] v_j``, with ``J_norm`` the diagonal of the
-            norm at a frozen scale.
+            norm at a frozen scale (and likewise of a norm on what attention adds, where a block has one).
         """
-        if self._normed is None:
+        if -1 not in self._normed:
             raise HookError("the final norm did not run in this step; the direct path has no scale to freeze")
         unembedding = self._weight(-1, self._unembedding).float()
-        before, after = (part.float().to(unembedding.device) for part in self._normed)
-        cotangent = cotangent.float().to(unembedding.device)
-        # a norm without shift is x * (weight / scale): its diagonal is output over input, element by element
-        diagonal = after / torch.where(before == 0, torch.ones_like(before), before)
-        direction = (self._through_head(after, cotangent, unembedding) @ unembedding) * torch.where(
-            before == 0, 0.0, diagonal
-        )
+        after = self._normed[-1][1].float().to(unembedding.device)
+        cotangent = self._through_head(after, cotangent.float().to(unembedding.device), unembedding)
+        direction = (cotangent @ unembedding) * self._diagonal(-1, unembedding.device)
         found: dict[int, Tensor] = {}
         for layer, (weights, values) in rows.items():
             batch, heads, keys = weights.shape
             groups = values.shape[1]
             projection = self._weight(layer, self._projections[layer]).float().to(values.device)
-            per_head = (direction.to(values.device) @ projection).view(batch, groups, -1, 1)
+            added = direction.to(values.device)
+            if layer in self._norms:
+                added = added * self._diagonal(layer, values.device)
+            per_head = (added @ projection).view(batch, groups, -1, 1)
             width = values.shape[-1]
             per_head = per_head.view(batch, groups, heads // groups, width)
             found[layer] = (per_head @ values.float().transpose(-1, -2)).reshape(batch, heads, keys)

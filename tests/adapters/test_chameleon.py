@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from transformers.models.chameleon.modeling_chameleon import ChameleonSwinDecoderLayer
 
 from mitigate.adapters.chameleon import ChameleonAdapter
 from mitigate.core.direct import DirectPath
@@ -171,3 +172,12 @@ def test_geometry_of_the_published_model():
     ids = torch.tensor([[5, *[4] * 1024, 6, 40]])
     span = ADAPTER.layout(model, ids, None, {}, processor).images[0][0]
     assert (span.grid, len(span.positions), span.stop) == ((32, 32), 1024, 1026)
+
+
+def test_blocks_that_norm_what_attention_adds_say_so():
+    """With ``swin_norm`` the first norm follows attention; otherwise it comes before it, off the direct path."""
+    model, _ = tiny()
+    plain = model.model.layers[0]
+    swin = ChameleonSwinDecoderLayer(model.config, 0)
+    assert ADAPTER.output_norm(plain) is None
+    assert ADAPTER.output_norm(swin) is swin.input_layernorm

@@ -10,6 +10,7 @@ import torch
 
 from mitigate.core import Access, Point, Rows, Subscription, Tags
 from mitigate.core.layout import Role
+from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
 from mitigate.errors import UnsupportedModel
 from mitigate.testing.tiny import Prompt, TinyModel, tiny_families, tiny_model
@@ -168,6 +169,21 @@ def test_the_layout_counts_what_the_processor_put_in(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_user_s_own_words_are_known(family: str) -> None:
+    """What lies between the template's words after the picture and its end, with every family's own prompt."""
+    subject, seen = tiny(family), []
+    inputs = subject.inputs((Prompt("dog ?", (4,)), Prompt("are there two red cars", (2, 3))))
+    probe = Probe(
+        subscription=Subscription(point=Point.SAMPLE_BEGIN), function=lambda event: seen.append(event.layout.question)
+    )
+    served(family, [probe], inputs, max_new_tokens=1)
+    words = subject.processor.tokenizer
+    found = [words.decode(ids[mask]).strip() for ids, mask in zip(inputs["input_ids"], seen[0], strict=True)]
+    unknown = words.decode(words("are there two red cars", add_special_tokens=False)["input_ids"])
+    assert found == ["dog ?", unknown]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_row_is_that_row_alone(family: str) -> None:
     subject = tiny(family)
     together = served(family, [attention(family, Access.READ)], batch(family), max_new_tokens=3)
@@ -232,6 +248,35 @@ def test_gradients_of_one_cached_token_are_those_of_the_whole_sequence(family: s
         torch.testing.assert_close(slope[kept], gradient[kept], rtol=0, atol=1e-4 * scale)
         assert bool(kept.any())
         assert scale > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_direct_path_is_the_gradient_with_everything_else_held_fixed(family: str) -> None:
+    """Attention of other layers and all MLPs detached, norms a fixed scale: what is left is exact, in any family."""
+    layer = layers(family)[-2]
+    found = tiny_model(family)
+    inputs = found.inputs((Prompt("are there two red cars", (2,)),))
+    chooser = Chooser(
+        subscription=Subscription(
+            point=Point.ATTENTION_PROBS, access=Access.DIRECT, layers=(layer,), rows=Rows.LAST, phases=MAIN_PHASES
+        )
+    )
+    with Stack([chooser]).attach(found.model, found.processor) as handle:
+        ids = handle.generate(**inputs, **options(family, max_new_tokens=1)).sequences[:, :-1]
+    subject = tiny_model(family).cast(torch.float64)
+    model, adapter = subject.model, subject.adapter
+    for index, block in enumerate(adapter.decoder_layers(model)):
+        block.mlp.register_forward_hook(lambda _, __, out: out.detach())
+        if index != layer:
+            projection = adapter.output_projection(block)
+            projection.register_forward_hook(lambda _, __, out: out.detach())
+    for name, module in adapter.entry(model).get_decoder().named_modules():
+        if type(module).__name__.endswith("RMSNorm") and not name.endswith(("q_norm", "k_norm")):
+            module.register_forward_hook(lambda _, args, out: args[0] * (out / args[0]).detach())
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    expected = whole_gradients(subject, wide, ids, (layer,))[layer]
+    _, slope = chooser.seen[-1][layer]
+    torch.testing.assert_close(slope.double(), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 def whole_gradients(
