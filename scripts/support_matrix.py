@@ -1,4 +1,4 @@
-"""Run every built-in method on a tiny model of every family, and write docs/support.json and docs/models/support.md.
+"""Run every built-in method on a tiny model of every family, and write docs/support.json and docs/support.md.
 
 python scripts/support_matrix.py                      # all families and methods: several minutes
 python scripts/support_matrix.py --family gemma3      # some families again; can be given several times
@@ -28,7 +28,7 @@ from mitigate.runner.fingerprint import code_hash
 FAMILIES = [family for family in adapters().names() if adapters().get(family).tiny]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "support.json"
-PAGE = ROOT / "docs" / "models" / "support.md"
+PAGE = ROOT / "docs" / "support.md"
 AGAIN = "run: python scripts/support_matrix.py"
 INTRODUCTION = """\
 <!-- made by scripts/support_matrix.py: change the code, then run it -->
@@ -40,7 +40,7 @@ is how many checks passed of those that apply: what a method does not declare is
 stack is refused when it is built, with the reason below the table. Tiny models show that positions, hooks, batches,
 caches and gradients are right; they say nothing about how much a method helps on real checkpoints.
 
-Model types without an adapter of their own are served by the [generic adapter](../contribute/add-a-model.md) where they
+Model types without an adapter of their own are served by the [generic adapter](contribute/add-a-model.md) where they
 explain themselves, and refused otherwise.
 """
 
@@ -137,7 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{family} {name}: {cell(results[family][name])}", results[family][name].get("failed") or "", flush=True
             )
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results), encoding="utf-8")
     return 0
 
