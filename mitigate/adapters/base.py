@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mitigate.adapters.placing import input_device
-from mitigate.adapters.spans import Batch, derive_layout
+from mitigate.adapters.spans import Batch, check_pictures, derive_layout
 from mitigate.core.facts import ModelFacts
 from mitigate.core.layout import ImageSpan, TokenLayout
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
@@ -37,6 +37,8 @@ class Adapter(ABC):
     """Whether the processor takes one list of pictures per prompt, or all pictures of the batch in one."""
     layout_only: frozenset[str] = frozenset()
     """Inputs that nothing but the layout needs; under a stack ``generate`` goes on without them."""
+    processor_options: ClassVar[Mapping[str, Any]] = {}
+    """Arguments the processor is called with, besides those that all take."""
     text_only: bool = True
     """Whether a prompt may come without a picture."""
     api: ClassVar[int] = 1
@@ -263,6 +265,10 @@ class Adapter(ABC):
 
     # ----------------------------------------------------------------------------------------------------- the images
 
+    def check_pictures(self, inputs: Mapping[str, Any], layout: TokenLayout) -> None:
+        """Raise `LayoutError` if a request has image tokens, but nothing that puts pictures in their place."""
+        check_pictures(inputs, layout)
+
     def images(self, inputs: Mapping[str, Any], layout: TokenLayout) -> list[Tensor]:
         """Return the pixels of every picture as the processor made them, from the inputs of a request.
 
@@ -318,8 +324,8 @@ class Adapter(ABC):
                 f"{self.family}: the processor has no chat template; give one: model.chat_template=FILE.jinja"
             )
         content = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": prompt}]
-        text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return text
+        message = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(message, add_generation_prompt=True))
 
     def inputs(
         self,
@@ -343,9 +349,8 @@ class Adapter(ABC):
         texts = [_begun_once(processor, text) for text in texts]
         flat = [picture for pictures in images for picture in pictures]
         given: Any = [list(pictures) for pictures in images] if self.nested_images else flat
-        batch = processor(
-            text=texts, images=given if flat else None, return_tensors="pt", padding=True, padding_side="left"
-        )
+        options = {"return_tensors": "pt", "padding": True, "padding_side": "left", **self.processor_options}
+        batch = processor(text=texts, images=given if flat else None, **options)
         return cast("BatchFeature", batch.to(input_device(model), dtype=model.dtype))
 
 
@@ -369,8 +374,7 @@ def _attention_layers(text: Any) -> tuple[int, ...] | None:
 def runs(mask: Tensor) -> list[tuple[int, int]]:
     """Return ``(start, stop)`` of the runs of True in ``[P]``."""
     padded = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
-    starts = (padded == 1).nonzero().flatten().tolist()
-    stops = (padded == -1).nonzero().flatten().tolist()
+    starts, stops = ((padded == step).nonzero().flatten().tolist() for step in (1, -1))
     return list(zip(starts, stops, strict=True))
 
 

@@ -134,6 +134,8 @@ class Idefics3Adapter(Adapter):
     ) -> TokenLayout:
         """Derive the roles; a tile's name is a separator also where it is spelled in several tokens."""
         layout = super().layout(model, ids, mask, inputs, processor)
+        if inputs.get("pixel_values") is not None:
+            _places(inputs, layout)  # refuses tiles that the prompts have no tokens for
         roles = layout.prompt_roles.clone()
         for row, marked in zip(ids, roles, strict=True):
             for part in itertools.chain.from_iterable(_pictures(row, model, processor)):

@@ -103,6 +103,20 @@ class InternVLAdapter(Adapter):
                 spans.extend(_tiles(row, batch, start, tiles, side))
         return spans
 
+    def layout(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        mask: Tensor | None,
+        inputs: Mapping[str, Any],
+        processor: ProcessorMixin | None = None,
+    ) -> TokenLayout:
+        """Derive the roles of a batch of prompts, and compare its tiles with the pixels; see `Adapter.layout`."""
+        layout = super().layout(model, ids, mask, inputs, processor)
+        if inputs.get("pixel_values") is not None:
+            _tile_places(layout, len(inputs["pixel_values"]))
+        return layout
+
     # ----------------------------------------------------------------------------------------------------- the images
 
     def images(self, inputs: Mapping[str, Any], layout: TokenLayout) -> list[Tensor]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from mitigate.adapters.base import Adapter
 
+#: How the inputs begin by which pictures reach transformers' models: as pixels, encoded, or in a cache already.
+PICTURE_INPUTS = ("pixel_values", "mm_encoder_outputs", "image_hidden_states", "inputs_embeds", "past_key_values")
+
 
 class Batch:
     """What a layout is made from, read picture by picture from the first row to the last.
@@ -117,6 +120,16 @@ def derive_layout(adapter: Adapter, batch: Batch, ids: Tensor, mask: Tensor | No
         for spans in rows
     )
     return TokenLayout(roles, tuple(numbered), ids.shape[1])
+
+
+def check_pictures(inputs: Mapping[str, Any], layout: TokenLayout) -> None:
+    """Raise `LayoutError` if there are image tokens, but no input of `PICTURE_INPUTS`."""
+    brought = any(name.startswith(PICTURE_INPUTS) and value is not None for name, value in inputs.items())
+    if not brought and bool(layout.image_mask.any()):
+        raise LayoutError(
+            "the prompts hold image tokens, but the inputs bring no picture, so that the model would read words there;"
+            " pass on all that the processor returns"
+        )
 
 
 def _framed(span: ImageSpan, separators: Tensor) -> ImageSpan:

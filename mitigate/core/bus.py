@@ -341,6 +341,7 @@ class HookBus:
     def new_request(self, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any], **options: Any) -> Request:
         """Derive the layout of a batch of prompts and make the request that carries it."""
         layout = self.adapter.layout(self.model, ids, mask, inputs, self.attachment.processor)
+        self.adapter.check_pictures(inputs, layout)
         layout = dataclasses.replace(layout, question=self.attachment.question(ids, layout))
         return Request(self, layout, ids, inputs=inputs, **options)
 

@@ -12,7 +12,7 @@ from mitigate.core import Access, Point, Rows, Subscription, Tags
 from mitigate.core.layout import Role
 from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
-from mitigate.errors import UnsupportedModel
+from mitigate.errors import LayoutError, UnsupportedModel
 from mitigate.testing.tiny import Prompt, TinyModel, tiny_families, tiny_model
 from mitigate.testing.tiny_words import END
 from tests.core.test_points import Probe
@@ -181,6 +181,20 @@ def test_the_user_s_own_words_are_known(family: str) -> None:
     found = [words.decode(ids[mask]).strip() for ids, mask in zip(inputs["input_ids"], seen[0], strict=True)]
     unknown = words.decode(words("are there two red cars", add_special_tokens=False)["input_ids"])
     assert found == ["dog ?", unknown]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_and_pictures_that_do_not_belong_together_are_refused(family: str) -> None:
+    one, two = (tiny(family).inputs([Prompt("dog ?", pictures)]) for pictures in ((4,), (2, 3)))
+    reads = attention(family, Access.READ)
+    of_tokens = {name for name, value in one.items() if value.shape[:2] == one["input_ids"].shape}
+    for prompt, pictures in ((one, two), (two, one)):
+        mixed = {name: (prompt if name in of_tokens else pictures)[name] for name in prompt}
+        with pytest.raises(LayoutError, match=r"the prompts hold the tokens of|tokens, but|image tokens in a row"):
+            served(family, [reads], mixed)
+    dropped = {name: value for name, value in one.items() if not name.startswith("pixel_values")}
+    with pytest.raises(LayoutError, match="bring no picture"):
+        served(family, [reads], dropped)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -284,6 +284,8 @@ def test_what_cannot_be_known_is_refused():
         layout(begin, *[image] * 9, end, 7, pixel_values=torch.zeros(1, 3, 12, 48))
     with pytest.raises(LayoutError, match="more pictures than the 1"):
         layout(*[begin, *[image] * 9, end] * 2, 7, image_sizes=[(24, 24)])
+    with pytest.raises(LayoutError, match="tokens of 1 tiles, the inputs bring 2"):
+        layout(begin, *[image] * 9, end, 7, pixel_values=torch.zeros(2, 3, 24, 24))
     with pytest.raises(ConfigError, match="processor"):
         ADAPTER.layout(model, torch.tensor([[begin, *[image] * 9, end]]), None, {})
 
