@@ -122,8 +122,8 @@ class InstructBlipAdapter(Adapter):
     # ----------------------------------------------------------------------------------------------------- the inputs
 
     def prompt_text(self, processor: ProcessorMixin, prompt: str, pictures: int) -> str:
-        """Return the user's words: the family has no chat format."""
-        return prompt
+        """Return the user's words: the family has no chat format, unless one was given; pictures stand before it."""
+        return prompt if processor.chat_template is None else super().prompt_text(processor, prompt, 0)
 
     def inputs(
         self,

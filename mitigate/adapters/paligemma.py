@@ -57,9 +57,14 @@ class PaliGemmaAdapter(Adapter):
         return {"position_ids": causal["position_ids"] + 1, "token_type_ids": torch.zeros_like(ids)}
 
     def prompt_text(self, processor: ProcessorMixin, prompt: str, pictures: int) -> str:
-        """Return the pictures' tokens, the token that begins a text, the prompt and the line break that ends it."""
-        image = processor.image_token * processor.image_seq_length
-        return f"{image * pictures}{processor.tokenizer.bos_token}{prompt}\n"
+        """Return the pictures' tokens, the token that begins a text, the prompt and the line break that ends it.
+
+        A chat template that was given stands for the prompt and the line break.
+        """
+        image, begin = processor.image_token * processor.image_seq_length, processor.tokenizer.bos_token
+        templated = processor.chat_template is not None
+        text = super().prompt_text(processor, prompt, 0).removeprefix(begin) if templated else f"{prompt}\n"
+        return f"{image * pictures}{begin}{text}"
 
     def inputs(
         self,

@@ -45,7 +45,9 @@ class _WithoutVideos(ProcessorMixin):  # type: ignore[misc]
     def validate_inputs(self, *args: Any, videos: Any = None, **named: Any) -> None:
         """Refuse videos, which nothing here could read."""
         if videos is not None:
-            raise UnsupportedModel("this processor was built for pictures only; videos need: pip install torchvision")
+            raise UnsupportedModel(
+                "this processor was built for pictures only; videos need: pip install 'mitigate[video]'"
+            )
         super().validate_inputs(*args, videos=videos, **named)
 
 
@@ -81,7 +83,7 @@ def load_processor(folder: str, chat_template: str | None = None, **arguments: A
         processor = pictures_only(kind).from_pretrained(folder, **arguments)
         warnings.warn(
             f"{folder}: its video processor cannot be used, so pictures work and videos do not;"
-            " for videos: pip install torchvision",
+            " for videos: pip install 'mitigate[video]'",
             stacklevel=3,
         )
     if template is not None:

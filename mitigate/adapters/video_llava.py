@@ -38,6 +38,7 @@ class VideoLlavaAdapter(Adapter):
 
     family = "video_llava"
     tiny: ClassVar[str | None] = "mitigate.testing.tiny_video_llava:build"
+    processor_options: ClassVar[Mapping[str, Any]] = {"return_legacy_image_output": False}
 
     def projector(self, model: PreTrainedModel) -> nn.Module:
         """Return the multimodal projector, which is called once for pictures and once for videos."""

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from mitigate.testing.tiny_words import SPECIAL_IDS, pictures_only, randomise, tokenizer
+from mitigate.adapters.processors import pictures_only
+from mitigate.testing.tiny_words import SPECIAL_IDS, randomise, tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, pictures_only, randomise, tokenizer
+from mitigate.adapters.processors import pictures_only
+from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, randomise, tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, pictures_only, randomise, tokenizer
+from mitigate.adapters.processors import pictures_only
+from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, randomise, tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, pictures_only, randomise, tokenizer
+from mitigate.adapters.processors import pictures_only
+from mitigate.testing.tiny_words import PAD, SPECIAL_IDS, randomise, tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 #: The first tokens of every tiny vocabulary.
 PAD, BEGIN, END, UNKNOWN = range(4)
@@ -56,12 +56,6 @@ def tokenizer(
         extra_special_tokens=dict(names or {}),
         padding_side="left",
     )
-
-
-def pictures_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Derive a processor class that does without its video processor, its last part, which needs torchvision."""
-    kept = [part for part in processor.get_attributes() if part != "video_processor"]
-    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: kept)})
 
 
 def randomise(model: PreTrainedModel, seed: int, never: Sequence[int]) -> None:

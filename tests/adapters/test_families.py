@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any, ClassVar
 
@@ -181,6 +182,13 @@ def test_the_user_s_own_words_are_known(family: str) -> None:
     found = [words.decode(ids[mask]).strip() for ids, mask in zip(inputs["input_ids"], seen[0], strict=True)]
     unknown = words.decode(words("are there two red cars", add_special_tokens=False)["input_ids"])
     assert found == ["dog ?", unknown]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_template_that_was_given_is_used(family: str) -> None:
+    processor = copy.deepcopy(tiny(family).processor)
+    processor.chat_template = "Q:{{ messages[0].content[-1].text }} A:"
+    assert tiny(family).adapter.prompt_text(processor, "what", 1).endswith("Q:what A:")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

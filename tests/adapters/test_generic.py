@@ -42,12 +42,13 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from mitigate.adapters import adapter_for
 from mitigate.adapters.generic import GenericAdapter
+from mitigate.adapters.processors import pictures_only
 from mitigate.core import Access, Fidelity, Method, Point, Subscription, Tags
 from mitigate.core.roles import Role
 from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
 from mitigate.registry import methods
-from mitigate.testing.tiny_words import SPECIAL_IDS, pictures_only, randomise, tokenizer
+from mitigate.testing.tiny_words import SPECIAL_IDS, randomise, tokenizer
 
 WIDTH = 32
 VISION = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -120,6 +120,11 @@ def test_positions_hold_the_patches_in_raster_order() -> None:
                 assert merged.changed(plain, painted) == [(row, int(span.positions[down * SIDE + across]))]
 
 
+def test_the_old_name_of_pictures_is_not_asked_for() -> None:
+    model, processor = tiny()
+    assert "pixel_values" in ADAPTER.inputs(model, processor, ["what is there"], [[picture(0)]])
+
+
 @pytest.mark.parametrize("name", ["pixel_values_images", "pixel_values"])
 def test_pixels_go_back_where_they_came_from(name: str) -> None:
     inputs = processed(["<video> <image>", "<image> <video>"])
