@@ -51,6 +51,8 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
             f"{path!r} holds no vision-language model transformers can load (a text model?); "
             f"set model.path to an image-text-to-text checkpoint with its processor"
         )
+    if "ignore_mismatched_sizes" in reason:  # transformers' argument; the report it speaks of was never printed
+        reason = "some have other shapes than its config.json says"
     return _placed_or_quantised(error, path, reason, asked) or _files(error, path, reason)
 
 

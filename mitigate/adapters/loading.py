@@ -20,7 +20,7 @@ from mitigate.adapters.generic import GenericAdapter
 from mitigate.adapters.placing import check_memory, device_arguments, needed_bytes, stored_numbers
 from mitigate.adapters.quantising import quantization_named
 from mitigate.core.facts import ModelFacts
-from mitigate.errors import DataError, UnsupportedModel
+from mitigate.errors import DataError, LayoutError, UnsupportedModel
 from mitigate.registry import adapters
 
 if TYPE_CHECKING:
@@ -149,7 +149,29 @@ def load_model(
         raise explain(error, path, local=local, asked=asked) from error
     model = model.eval()
     adapter = adapter_for(model, processor)
-    return LoadedModel(model, processor, adapter, adapter.facts(model))
+    loaded = LoadedModel(model, processor, adapter, adapter.facts(model))
+    if chat_template is not None:
+        _check_template(loaded)
+    return loaded
+
+
+def _check_template(loaded: LoadedModel) -> None:
+    """Ask about a picture in the words of the template that was given.
+
+    Raises
+    ------
+    DataError
+        If the template writes pictures otherwise than the processor wants them, or not at all.
+    """
+    from PIL import Image
+
+    try:
+        inputs = loaded.inputs(["ABC"], [[Image.new("RGB", (64, 64))]])
+        loaded.adapter.layout(loaded.model, inputs["input_ids"], inputs["attention_mask"], inputs, loaded.processor)
+    except (ValueError, LayoutError) as error:
+        raise DataError(
+            f"model.chat_template does not write a picture as the processor of {loaded.facts.family} wants it: {error}"
+        ) from error
 
 
 def _weights(folder: str, path: str, **arguments: Any) -> PreTrainedModel:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = make_console()
     try:
-        return _dispatch(arguments, console)
+        with _plain_warnings():
+            return _dispatch(arguments, console)
     except HookError:
         raise  # a method failed in the middle of a run: its author needs the traceback
     except MitigateError as error:
@@ -107,6 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         make_console(stderr=True).print("Interrupted.")
         return INTERRUPTED
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings without the line of code they come from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def make_console(*, stderr: bool = False, helps: bool = False) -> Console:

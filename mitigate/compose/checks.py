@@ -139,6 +139,11 @@ def check_served(config: Mapping[str, Any], facts: ModelFacts | None) -> str | N
     family: str | None = config["model"]["family"] if facts is None else facts.family
     served = adapters().names()
     if family is not None and family not in served and not _may_be_served(family):
+        if _is_known(family):
+            raise UnsupportedModel(
+                f"model={config['model']['name']} is of family {family}, which transformers does not load as a model "
+                "of pictures and text (a text model?)\nset model.path to an image-text-to-text checkpoint"
+            )
         raise UnsupportedModel(
             f"model={config['model']['name']} is of family {family}, which cannot be run yet (`mitigate plan` works); "
             f"served: {', '.join(served)}. An outside package can bring an adapter (entry-point group mitigate.models)"
@@ -151,6 +156,13 @@ def _may_be_served(family: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _is_known(family: str) -> bool:
+    """Whether transformers has the family, as a model of whatever kind."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return family in CONFIG_MAPPING_NAMES
 
 
 def check_family(config: Mapping[str, Any], facts: ModelFacts | None) -> None:

@@ -71,7 +71,7 @@ def cut(folder: Path) -> None:
     [
         (cut, DataError, "weights of .*copy them again"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), DataError, "weights of .*copy them again"),
-        (wider, DataError, "weights of .*copy them again"),
+        (wider, DataError, "weights of .*: some have other shapes than its config.json says; .*copy them again"),
         (deeper, DataError, "its weights lack model.language_model.layers.8.* and 8 more"),
         (without("model.safetensors"), DataError, "has no safetensors"),
         (without("config.json"), DataError, "has no config.json"),
@@ -189,6 +189,10 @@ def test_another_chat_template(tmp_path: Path) -> None:
         ("nowhere.jinja", "model.chat_template=nowhere.jinja cannot be read: No such file"),
         ("{{ messages", "no template that works: unexpected end of template"),
         ("hello", "leaves the user's words out: a question becomes 'hello'"),
+        (
+            "{{ messages[0].content[-1].text }}",
+            "does not write a picture as the processor of llava wants it: ",
+        ),
     ],
 )
 def test_a_chat_template_that_does_not_work(template: str, message: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,27 @@ def test_a_model_without_an_adapter_is_refused_before_anything_is_loaded(
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "model=qwen-vl-7b is of family qwen, which cannot be run yet" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_model_is_told_from_a_family_that_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = outcome(capsys, "run", "model=hf", f"model.path={tmp_path}")
+    assert (code, out, len(err.splitlines())) == (2, "", 2)
+    assert "model=hf is of family llama, which transformers does not load" in err
+
+
+def test_a_warning_shows_no_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def warn(*_: Any) -> int:
+        shown.append(warnings.formatwarning("mind this", UserWarning, "code.py", 3))
+        return 0
+
+    monkeypatch.setattr("mitigate.cli._dispatch", warn)
+    assert outcome(capsys, "list")[0] == 0
+    assert shown == ["warning: mind this\n"]
+    assert "code.py:3" in warnings.formatwarning("mind this", UserWarning, "code.py", 3)
 
 
 def test_run_starts_the_resolved_run_in_its_folder(capsys: pytest.CaptureFixture[str], started: list[Any]) -> None:
