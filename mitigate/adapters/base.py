@@ -265,9 +265,9 @@ class Adapter(ABC):
 
     # ----------------------------------------------------------------------------------------------------- the images
 
-    def check_pictures(self, inputs: Mapping[str, Any], layout: TokenLayout) -> None:
-        """Raise `LayoutError` if a request has image tokens, but nothing that puts pictures in their place."""
-        check_pictures(inputs, layout)
+    def check_pictures(self, inputs: Mapping[str, Any], layout: TokenLayout, *, encodes: bool) -> None:
+        """Refuse image tokens without pictures, and encoded pictures where a method acts before that (``encodes``)."""
+        check_pictures(inputs, layout, encodes=encodes)
 
     def images(self, inputs: Mapping[str, Any], layout: TokenLayout) -> list[Tensor]:
         """Return the pixels of every picture as the processor made them, from the inputs of a request.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mitigate.core.layout import ImageSpan, Role, TokenLayout
-from mitigate.errors import LayoutError
+from mitigate.errors import LayoutError, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mitigate.adapters.base import Adapter
 
 #: How the inputs begin by which pictures reach transformers' models: as pixels, encoded, or in a cache already.
-PICTURE_INPUTS = ("pixel_values", "mm_encoder_outputs", "image_hidden_states", "inputs_embeds", "past_key_values")
+_PIXELS = "pixel_values"
+_PICTURES = (_PIXELS, "mm_encoder_outputs", "image_hidden_states", "inputs_embeds", "past_key_values")
 
 
 class Batch:
@@ -122,14 +123,26 @@ def derive_layout(adapter: Adapter, batch: Batch, ids: Tensor, mask: Tensor | No
     return TokenLayout(roles, tuple(numbered), ids.shape[1])
 
 
-def check_pictures(inputs: Mapping[str, Any], layout: TokenLayout) -> None:
-    """Raise `LayoutError` if there are image tokens, but no input of `PICTURE_INPUTS`."""
-    brought = any(name.startswith(PICTURE_INPUTS) and value is not None for name, value in inputs.items())
-    if not brought and bool(layout.image_mask.any()):
+def check_pictures(inputs: Mapping[str, Any], layout: TokenLayout, *, encodes: bool) -> None:
+    """Refuse a request whose pictures do not come, or come encoded where a method acts on them before that.
+
+    Raises
+    ------
+    LayoutError
+        If there are image tokens, but nothing that puts pictures in their place.
+    UnsupportedModel
+        If ``encodes`` and the pictures are no pixels any more.
+    """
+    given = [name for name, value in inputs.items() if value is not None]
+    if not bool(layout.image_mask.any()):
+        return
+    if not any(name.startswith(_PICTURES) for name in given):
         raise LayoutError(
             "the prompts hold image tokens, but the inputs bring no picture, so that the model would read words there;"
             " pass on all that the processor returns"
         )
+    if encodes and not any(name.startswith(_PIXELS) for name in given):
+        raise UnsupportedModel("the images came encoded; give pixel_values, which the stack needs")
 
 
 def _framed(span: ImageSpan, separators: Tensor) -> ImageSpan:

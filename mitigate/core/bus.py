@@ -22,7 +22,7 @@ from mitigate.core.frame import Frame
 from mitigate.core.layer_points import LayerPoints, same_shape
 from mitigate.core.method import Method
 from mitigate.core.plan import BoundSubscription, bind, plan_streams
-from mitigate.core.points import ATTENTION_POINTS, Access, Phase, Point
+from mitigate.core.points import ATTENTION_POINTS, PICTURE_POINTS, Access, Phase, Point
 from mitigate.core.request import Request
 from mitigate.core.state import MethodState
 from mitigate.core.streams import edit_images
@@ -341,7 +341,8 @@ class HookBus:
     def new_request(self, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any], **options: Any) -> Request:
         """Derive the layout of a batch of prompts and make the request that carries it."""
         layout = self.adapter.layout(self.model, ids, mask, inputs, self.attachment.processor)
-        self.adapter.check_pictures(inputs, layout)
+        encodes = any(self.subscriptions(point) for point in PICTURE_POINTS)
+        self.adapter.check_pictures(inputs, layout, encodes=encodes)
         layout = dataclasses.replace(layout, question=self.attachment.question(ids, layout))
         return Request(self, layout, ids, inputs=inputs, **options)
 

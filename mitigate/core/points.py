@@ -104,6 +104,8 @@ LAYER_POINTS = frozenset(
         Point.LOGIT_LENS,
     }
 )
+#: Points that pictures pass while they are encoded.
+PICTURE_POINTS = (Point.IMAGE_INPUT, Point.VISION, Point.VISUAL_EMBEDDINGS)
 #: Points that also exist in a branch.
 BRANCH_POINTS = LAYER_POINTS | {Point.TEXT_INPUT, Point.IMAGE_INPUT, Point.VISUAL_EMBEDDINGS}
 #: Points served by the project's attention function.

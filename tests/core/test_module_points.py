@@ -149,6 +149,19 @@ def test_vision_blocks(model, chosen, branch):
     assert telemetry[1]["probe"]["images_edited"] == 2 * len(chosen or blocks)
 
 
+@pytest.mark.parametrize("branch", ["main", "other"])
+@pytest.mark.parametrize("point", [Point.VISION, Point.IMAGE_INPUT])
+def test_pictures_that_come_encoded_pass_no_method_unseen(model, point, branch):
+    inputs = make_inputs(model, PROMPTS, seed=3)
+    features = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    encoded = {**inputs, "mm_encoder_outputs": {"image": features}}
+    with pytest.raises(UnsupportedModel, match="the images came encoded; give pixel_values"):
+        generate(model, [Probe(point=point, layers=(), branch=branch)], encoded)
+    expected = generate(model, [], make_inputs(model, PROMPTS, seed=3))[0]
+    reader = Probe(point=Point.HIDDEN_STATES)  # acts after that, so that it does not matter
+    assert torch.equal(logits_of(generate(model, [reader], encoded)[0]), logits_of(expected))
+
+
 def test_a_block_the_tower_does_not_have(model):
     with pytest.raises(UnsupportedModel, match="the vision tower has layers 0-1"):
         generate(model, [Probe(point=Point.VISION, layers=(7,))], make_inputs(model, PROMPTS[:1]))
