@@ -28,7 +28,8 @@ class AttentionPoints:
     recomputed exactly, handed to the methods in stack order (scores before weights), and put back if changed.
 
     A layer with a sliding window keeps only the latest keys. Methods see the columns of the others too, with no weight:
-    a key's place is its column in every layer.
+    a key's place is its column in every layer. What a method writes on a key that its row cannot see, there or anywhere
+    else, reaches nothing: otherwise the outcome would depend on what the cache happens to keep.
 
     Parameters
     ----------
@@ -89,12 +90,11 @@ class AttentionPoints:
             if hidden:
                 scores = nn.functional.pad(scores, (hidden, 0), value=torch.finfo(scores.dtype).min)
                 value = nn.functional.pad(value, (0, 0, hidden, 0))
-            probs, edited = self._edit(asked, layer, request, frame, local, scores, value)
+            open_row = mask is None and query.shape[2] == 1 and not hidden  # a cached step that sees every key
+            unseen = None if open_row else scores[:, :1] <= torch.finfo(scores.dtype).min / 2
+            probs, edited = self._edit(asked, layer, request, frame, local, scores, value, unseen)
             if edited is None and not probs.requires_grad:
                 return base
-            if hidden and edited is not None:  # what a method puts on a key that is gone reaches nothing
-                lost = probs.detach()[..., :hidden].sum((1, 2, 3)) / probs.shape[1]
-                request.totals.count("weight_on_lost_keys", lost)
             return attention.splice(base, attention.mix_values(probs, value).to(base.dtype), local, edited)
 
     def _base(
@@ -171,9 +171,10 @@ class AttentionPoints:
         local: Tensor,
         matrix: Tensor,
         value: Tensor,
+        unseen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the handlers over the rows; return the final weights ``[B, H, R, K]`` and the edited rows ``[B, R]``."""
-        common = {**frame.event(request), "layer": layer, "rows": frame.positions(local)}
+        common = {**frame.event(request), "layer": layer, "rows": frame.positions(local), "unseen": unseen}
         edited: Tensor | None = None
         softmaxed = False
         for item, selection in asked:
@@ -198,6 +199,11 @@ class AttentionPoints:
                 raise HookError(
                     f"{item.key} returned shape {tuple(new.shape)} for {tuple(matrix.shape)} at layer {layer}"
                 )
+            if unseen is not None:
+                if softmaxed:
+                    stray = new.detach() * (unseen & row_mask[:, None, :, None])
+                    request.totals.count("weight_on_unseen_keys", stray.sum((1, 2, 3)) / new.shape[1])
+                new = new.masked_fill(unseen, 0.0 if softmaxed else torch.finfo(new.dtype).min)
             if not (selection.full and selection.local is local):
                 new = torch.where(row_mask[:, None, :, None], new, matrix)
             change = _change(matrix, new, softmaxed)

@@ -124,12 +124,16 @@ class AttentionScores(Event):
         ``[R]`` positions of the query rows.
     row_mask
         ``[B, R]`` True where the row was asked for and belongs to an unfinished sample; other rows stay as they are.
+    unseen
+        ``[B, 1, R, K]`` True at keys that a row cannot see in this layer: padding, later ones, and those which a sliding
+        window has let go. What is written there reaches nothing. ``None``: every row sees every key.
     """
 
     layer: int
     scores: Tensor
     rows: Tensor
     row_mask: Tensor
+    unseen: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +147,15 @@ class AttentionProbs(Event):
         that.
     rows
         ``[R]`` positions of the query rows.
-    row_mask
-        ``[B, R]`` as in `AttentionScores`.
+    row_mask, unseen
+        As in `AttentionScores`.
     """
 
     layer: int
     probs: Tensor
     rows: Tensor
     row_mask: Tensor
+    unseen: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

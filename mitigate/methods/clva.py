@@ -1,7 +1,4 @@
-"""CLVA: pull deep layers' attention to the image tokens that middle layers found, away from where early layers looked.
-
-Re-implementation from the abstract; the equations are this project's reading, not the authors'.
-"""
+"""CLVA: pull deep layers' attention to image tokens that middle layers found, away from where early layers looked."""
 
 from __future__ import annotations
 
@@ -309,7 +306,7 @@ class CLVA(Method):
 
     def _finish(self, event: AttentionProbs, state: MethodState, reading: Reading) -> None:
         """End of M: fix the anchors of this forward's rows."""
-        maps = self.maps(reading.noise, reading.middle, reading.rise, reading.columns)
+        maps = self.maps(reading.noise, reading.middle, reading.rise, reading.known)
         own, last = own_rows(event, state), event.layout.prompt_length - 1
         if self.refresh == "prefill":
             here = (own.rows == last).nonzero().flatten()
@@ -330,31 +327,32 @@ class CLVA(Method):
 
     def on_attention_scores(self, event: AttentionScores, state: MethodState) -> Tensor | None:
         """Z[q*, j] <- Z[q*, j] + g c (alpha s_j - beta nu_j), or the log ratio."""
-        maps: Maps | None = state.get("maps")
-        if maps is None:
+        if (known := state.get("maps")) is None:
             return None
         own = own_rows(event, state)
+        maps: Maps = known.within(own, event.unseen)
         scores = own.of(event.scores)
-        bias, gate = self.pull.score_bias(scores.detach(), maps.each(lambda field: field.to(scores.device)))
+        bias, gate = self.pull.score_bias(scores.detach(), maps)
         new = scores + torch.nn.functional.pad(bias, (0, scores.shape[-1] - bias.shape[-1]))
-        self._report(event, state, gate, bias, [values.detach().softmax(-1) for values in (scores, new)])
+        self._report(event, state, maps, gate, bias, [values.detach().softmax(-1) for values in (scores, new)])
         return own.put(event.scores, new)
 
     def _mix(self, event: AttentionProbs, state: MethodState) -> Tensor | None:
         """A[q*, V] <- visual mass times the mixture with the anchors."""
-        maps: Maps | None = state.get("maps")
-        if maps is None:
+        if (known := state.get("maps")) is None:
             return None
         own = own_rows(event, state)
+        maps: Maps = known.within(own, event.unseen)
         probs, width = own.of(event.probs), maps.columns.shape[-1]
-        image, gate = self.pull.mixed(probs[..., :width], maps.each(lambda field: field.to(probs.device)))
+        image, gate = self.pull.mixed(probs[..., :width], maps)
         new = torch.cat([image, probs[..., width:]], -1)
-        self._report(event, state, gate, (new - probs).detach()[..., :width], [probs.detach(), new.detach()])
+        self._report(event, state, maps, gate, (new - probs).detach()[..., :width], [probs.detach(), new.detach()])
         return own.put(event.probs, new)
 
-    def _report(self, event: _Rows, state: MethodState, gate: Tensor, change: Tensor, weights: list[Tensor]) -> None:
+    def _report(
+        self, event: _Rows, state: MethodState, maps: Maps, gate: Tensor, change: Tensor, weights: list[Tensor]
+    ) -> None:
         """Count the rows edited in this layer and the attention on the image before and after."""
-        maps = state.maps.each(lambda field: field.to(gate.device))
         wanted = maps.columns if self.operator == "log_ratio" else (maps.anchors > 0) | (maps.penalty > 0)
         rows = own_rows(event, state).asked & wanted.any(3).any(1)  # [B, R]
         image = maps.columns.any(1).unsqueeze(1)

@@ -285,11 +285,11 @@ class DLEAF(Method):
         """Diagnose a layer and correct it; ``matrix`` holds what is mixed, weights or scores ``[B, H, R, K]``."""
         early, level = self.mix_stage == "pre", self._level()
         weights = matrix.softmax(-1) if early else matrix
-        patches = kept = sweep.patches()
+        patches = kept = sweep.patches(event.unseen)
         if self.exclude_image_sinks == "outliers":
             kept = patches & ~ops.outlying_keys(weights, patches, self.sink_std)
         entropy, focus = self._entropy(weights, kept, sweep), self._focus(weights, kept, sweep)
-        # a row that sees no picture is neither diagnosed nor changed
+        # a row that sees no picture, in this layer, is neither diagnosed nor changed
         diagnosed = patches.any(-1) & event.row_mask.to(matrix.device)
         threshold = level.level(sweep.seen)
         flagged = self._gated(event, level.flagged(sweep.seen, entropy), sweep, state) & diagnosed
@@ -304,7 +304,7 @@ class DLEAF(Method):
         )
         after = corrected.softmax(-1) if early else corrected
         learned = entropy if self.state_update == "pre" else self._entropy(after, kept, sweep)
-        sweep.seen = level.update(sweep.seen, learned)
+        sweep.seen = torch.where(diagnosed, level.update(sweep.seen, learned), sweep.seen)
         mass, mass_after = key_mass(weights, patches), key_mass(after, patches)
         sweep.add(
             layers_diagnosed=diagnosed,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mitigate.core.layout import ImageSpan
     from mitigate.ops.depth import Windows
+    from mitigate.ops.rows import OwnRows
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class Maps:
         names = [each.name for each in dataclasses.fields(self)]
         return Maps(*(change(*(getattr(maps, name) for maps in (self, *others))) for name in names))
 
+    def within(self, own: OwnRows, unseen: Tensor | None) -> Maps:
+        """Return the maps on the rows' device, without the tokens that they cannot see in a layer.
+
+        Parameters
+        ----------
+        own
+            The R rows.
+        unseen
+            ``[B, 1, R', K]`` bool, as the event of the layer has it.
+        """
+        here = self.each(lambda field: field.to(own.asked.device))
+        if unseen is None:
+            return here
+        seen = ~own.of(unseen)[..., : self.columns.shape[-1]]
+        return here.each(lambda field: field * seen)
+
 
 @dataclass(kw_only=True)
 class Reading:
@@ -70,8 +87,8 @@ class Reading:
 
     Attributes
     ----------
-    early, middle, rise
-        Means so far of the early maps, the middle maps and the increments between layers.
+    rise
+        Mean increment so far between layers in which the row sees the group.
     noise
         What ``noise_from`` made.
     """
@@ -87,7 +104,24 @@ class Reading:
     noise: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.early = self.middle = self.rise = self.previous = torch.zeros_like(self.columns, dtype=self.dtype)
+        self.rise = self.previous = torch.zeros_like(self.columns, dtype=self.dtype)
+        self._sums = [self.rise, self.rise]  # early, middle
+        self._counts = [self.rise[..., :1], self.rise[..., :1]]
+
+    @property
+    def early(self) -> Tensor:
+        """Mean of the early maps so far, over the layers in which the row sees the group."""
+        return self._sums[0] / self._counts[0].clamp_min(1.0)
+
+    @property
+    def middle(self) -> Tensor:
+        """Mean of the middle maps so far, likewise."""
+        return self._sums[1] / self._counts[1].clamp_min(1.0)
+
+    @property
+    def known(self) -> Tensor:
+        """Columns of groups that were seen both in early and in middle layers, ``[B, G, R, W]``."""
+        return self.columns & (self._counts[0] > 0) & (self._counts[1] > 0)
 
     def add(self, layer: int, probs: Tensor) -> None:
         """Read the weights ``[B, H, R, K]`` of the next layer."""
@@ -99,14 +133,16 @@ class Reading:
                 self.noise = self.noise_from(self)
             if self.head_share is not None:
                 weights = weights * self._unlike_noise(shares, weights)
-        maps = pooled(shares if self.normalise else shares * mass.unsqueeze(-1), weights).to(self.early.device)
-        if layer <= windows.early[-1]:
-            self.early = self.early + maps / len(windows.early)
-        else:
-            self.rise = self.rise + (maps - self.previous).relu() / (windows.mid[-1] - windows.early[-1])
-        self.previous = maps
-        if layer in windows.mid:
-            self.middle = self.middle + maps / len(windows.mid)
+        maps = pooled(shares if self.normalise else shares * mass.unsqueeze(-1), weights).to(self.rise.device)
+        seen = (mass.amax(1) > 0).unsqueeze(-1).to(self.rise.device)  # not so where a sliding window has let it go
+        if layer > windows.early[-1]:
+            step = (maps - self.previous).relu() / (windows.mid[-1] - windows.early[-1])
+            self.rise = self.rise + torch.where(seen, step, 0.0)
+        self.previous = torch.where(seen, maps, self.previous)
+        for place, window in enumerate((windows.early, windows.mid)):
+            if layer in window:
+                self._sums[place] = self._sums[place] + maps
+                self._counts[place] = self._counts[place] + seen
 
     def _unlike_noise(self, shares: Tensor, weights: Tensor) -> Tensor:
         """Mark the heads whose maps are least like the noise, ``[B, H, G, R]``."""
@@ -211,7 +247,8 @@ def anchor_maps(
         See `noise_penalty`.
     """
     anchors = keep_anchors(anchor_scores(noise, middle, rise, mode, gamma), columns, share, least)
-    return Maps(columns, noise, middle, anchors, noise_penalty(noise, middle, anchors, shared))
+    penalty = torch.where(columns, noise_penalty(noise, middle, anchors, shared), 0.0)
+    return Maps(columns, noise, middle, anchors, penalty)
 
 
 def anchor_scores(noise: Tensor, middle: Tensor, rise: Tensor, mode: str, gamma: float) -> Tensor:

@@ -100,10 +100,13 @@ def mix_heads(
 
 
 def weighted_row(matrix: Tensor, shares: Tensor, *, scores: bool = False) -> Tensor:
-    """Sum of the heads' rows by their shares ``[B, H, R]``, ``[B, 1, R, K]``; masked scores count as 0."""
+    """Sum of the heads' rows by their shares ``[B, H, R]``, ``[B, 1, R, K]``; scores hidden in all heads stay so."""
+    if not scores:
+        return (shares.unsqueeze(-1) * matrix).sum(1, keepdim=True)
     # masked scores are as large as the dtype allows: adding them up would overflow
-    visible = matrix.masked_fill(masked(matrix), 0.0) if scores else matrix
-    return (shares.unsqueeze(-1) * visible).sum(1, keepdim=True)
+    hidden = masked(matrix)
+    row = (shares.unsqueeze(-1) * matrix.masked_fill(hidden, 0.0)).sum(1, keepdim=True)
+    return row.masked_fill(hidden.all(1, keepdim=True), torch.finfo(row.dtype).min)
 
 
 def masked(scores: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mitigate.lazy import torch
-from mitigate.ops.heads import masked
 from mitigate.ops.similarity import bhattacharyya, head_weights, masked_deviation, masked_mean, pooled, restricted
 
 if TYPE_CHECKING:
@@ -110,9 +109,8 @@ def score_step(scores: Tensor, maps: Maps, operator: str, scale: str, alpha: flo
     if scale == "none":
         return wanted
     grouped = scores.unsqueeze(2)
-    columns = columns & ~masked(grouped)  # keys out of a sliding window have no score
     unit = masked_mean(grouped.abs(), columns) if scale == "absmean" else masked_deviation(grouped, columns)
-    return torch.where(columns, unit.unsqueeze(-1) * wanted, 0.0)
+    return unit.unsqueeze(-1) * wanted
 
 
 def keep_mass(bias: Tensor, shares: Tensor, columns: Tensor) -> Tensor:

@@ -56,12 +56,12 @@ class Sweep:
             row, score, origin = (part.to(rows.device) for part in self.best)
             self.best = row[:, :, place], score[:, place], origin[:, :, place]
 
-    def patches(self) -> Tensor:
-        """Return the patches each row can see, ``[B, R, K]`` bool."""
+    def patches(self, unseen: Tensor | None = None) -> Tensor:
+        """Return the patches each row can see, ``[B, R, K]`` bool; ``unseen`` ones ``[B, 1, R, K]`` are left out."""
         if self._patches is None:
             columns = torch.arange(self.groups.shape[1], device=self.groups.device)
             self._patches = (self.groups >= 0)[:, None] & (columns <= self.rows[:, None])
-        return self._patches
+        return self._patches if unseen is None else self._patches & ~unseen[:, 0]
 
     def keep_best(self, row: Tensor, score: Tensor, origin: Tensor, *, earlier: bool) -> Tensor:
         """Offer this layer's row; return the one to use: it, or with ``earlier`` the best so far."""

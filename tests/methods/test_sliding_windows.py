@@ -1,0 +1,97 @@
+"""Layers that no longer see the picture: methods act on what a layer sees, whatever the cache happens to keep."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from mitigate.core import Access, Method, Point, Rows, Subscription
+from mitigate.core.stack import Stack
+from mitigate.methods.clva import CLVA
+from mitigate.methods.dleaf import DLEAF
+from mitigate.testing.tiny import Prompt, TinyModel, tiny_model
+from tests.core.test_points import Probe
+
+#: Layer 1 sees everything, the others the latest 24 keys: the picture's last ones at first, and then none.
+WINDOW, STEPS = 24, 14
+ASKED = (Prompt("are there two red cars", (1, 2)), Prompt("describe this image in detail please", (4,)))
+
+
+@cache
+def tiny() -> TinyModel:
+    return tiny_model("gemma3")
+
+
+@cache
+def plain() -> torch.Tensor:
+    return generate([])[0]
+
+
+def generate(methods: list[Method], **options: Any) -> tuple[torch.Tensor, list[Any]]:
+    """Logits ``[T, B, V]`` and telemetry."""
+    subject = tiny()
+    with Stack(methods).attach(subject.model, subject.processor) as handle:
+        out = handle.generate(
+            **subject.inputs(ASKED), max_new_tokens=STEPS, do_sample=False, pad_token_id=subject.pad_token,
+            eos_token_id=[], return_dict_in_generate=True, output_logits=True, **options,
+        )  # fmt: skip
+        return torch.stack(out.logits), handle.telemetry()
+
+
+def writing(point: Point, function: Any) -> Probe:
+    subscription = Subscription(
+        point=point, access=Access.WRITE, layers=tuple(range(4)), rows=Rows.PREDICTORS, normalised=False
+    )
+    return Probe(subscription=subscription, function=function)
+
+
+FLAT = writing(Point.ATTENTION_PROBS, lambda event: torch.full_like(event.probs, 1 / event.probs.shape[-1]))
+LEVEL = writing(Point.ATTENTION_SCORES, lambda event: torch.zeros_like(event.scores))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FLAT,
+        LEVEL,
+        CLVA(early="0", mid="1", deep="2-3", min_anchors=2, alpha=2.0, beta=1.0),
+        CLVA(early="0", mid="1", deep="2-3", min_anchors=2, operator="prob_mix", mix=0.8),
+        DLEAF(mix_stage="pre", reference_scope="earlier", gate="always", heads="all"),
+    ],
+    ids=lambda method: f"{method.name}-{getattr(method, 'operator', '')}",
+)
+def test_an_edit_does_not_depend_on_the_keys_that_the_cache_keeps(method: Method) -> None:
+    cached, _ = generate([method])
+    whole, _ = generate([method], use_cache=False)
+    assert bool(cached.isfinite().all())
+    assert float((cached - plain()).abs().max()) > 1e-2
+    torch.testing.assert_close(cached, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_written_on_unseen_keys_is_counted() -> None:
+    counted = [sample["bus"]["weight_on_unseen_keys"] for sample in generate([FLAT])[1]]
+    columns, lengths = tiny().inputs(ASKED)["input_ids"].shape[1], tiny().inputs(ASKED)["attention_mask"].sum(1)
+    for length, found in zip(lengths.tolist(), counted, strict=True):
+        expected = 0.0
+        for step in range(STEPS):
+            seen = length + step
+            expected += (1 - seen / (columns + step)) + 3 * (1 - min(seen, WINDOW) / (columns + step))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_that_sees_no_picture_is_neither_diagnosed_nor_changed() -> None:
+    subject, inputs = tiny(), tiny().inputs(ASKED)
+    layout = subject.adapter.layout(
+        subject.model, inputs["input_ids"], inputs["attention_mask"], inputs, subject.processor
+    )
+    logits, telemetry = generate([DLEAF(layers="0,2-3", gate="always", heads="all")])
+    for row, sample in enumerate(telemetry):
+        last = max(int(span.positions.max()) for span in layout.images[row])
+        sees = [last > layout.prompt_length - 1 + step - WINDOW for step in range(STEPS)]
+        assert sample["dleaf"]["layers_diagnosed"] == sample["dleaf"]["layers_flagged"] == 3 * sum(sees)
+        changed = (logits[:, row] != plain()[:, row]).any(-1).tolist()
+        assert changed[: sum(sees)] == sees[: sum(sees)]
+        assert not all(sees)
