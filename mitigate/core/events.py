@@ -125,8 +125,8 @@ class AttentionScores(Event):
     row_mask
         ``[B, R]`` True where the row was asked for and belongs to an unfinished sample; other rows stay as they are.
     unseen
-        ``[B, 1, R, K]`` True at keys that a row cannot see in this layer: padding, later ones, and those which a sliding
-        window has let go. What is written there reaches nothing. ``None``: every row sees every key.
+        ``[B, 1, R, K]`` True at keys that a row cannot see in this layer: padding, later ones, and those that a
+        sliding window has let go. What is written there reaches nothing. ``None``: every row sees every key.
     """
 
     layer: int
