@@ -83,6 +83,9 @@ def forced(inputs: Mapping[str, Any], written: Sequence[int]) -> dict[str, Any]:
     if inputs.get("attention_mask") is not None:
         mask = inputs["attention_mask"]
         whole["attention_mask"] = torch.cat([mask, mask.new_ones(fresh.shape)], 1)
+    if inputs.get("mm_token_type_ids") is not None:  # positions are computed from these; what was written is text
+        kinds = inputs["mm_token_type_ids"]
+        whole["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(fresh.shape)], 1)
     return whole
 
 

@@ -13,6 +13,7 @@ from mitigate.core import Access, Point, Rows, Subscription, Tags
 from mitigate.core.layout import Role
 from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
+from mitigate.diagnostics.saliency_maps import forced
 from mitigate.errors import LayoutError, UnsupportedModel
 from mitigate.testing.tiny import Prompt, TinyModel, tiny_families, tiny_model
 from mitigate.testing.tiny_words import END
@@ -203,6 +204,17 @@ def test_prompts_and_pictures_that_do_not_belong_together_are_refused(family: st
     dropped = {name: value for name, value in one.items() if not name.startswith("pixel_values")}
     with pytest.raises(LayoutError, match="bring no picture"):
         served(family, [reads], dropped)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_with_its_answer_is_what_generation_saw(family: str) -> None:
+    """In one pass without a cache (saliency maps): positions and masks go on behind the prompt as in generation."""
+    inputs = tiny(family).inputs((Prompt("dog ?", (4,)),))
+    expected = plain(family, inputs)
+    answer = expected.sequences[0, -STEPS:-1].tolist()
+    with torch.no_grad():
+        found = tiny(family).model(**forced(inputs, answer), use_cache=False).logits[:, -1]
+    torch.testing.assert_close(found, expected.logits[-1], rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
