@@ -13,6 +13,7 @@ import pytest
 
 from mitigate.cli import main
 from mitigate.registry import methods
+from mitigate.testing.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,11 @@ def small(command, folder):
 
 @pytest.mark.parametrize("command", [line for line in commands() if "test.sh" not in line])
 def test_command(command, tmp_path, monkeypatch, capsys):
+    if "FOLDER" in command:  # a checkpoint of the user's
+        tiny = tiny_model("smolvlm")
+        for part in (tiny.model, tiny.processor):
+            part.save_pretrained(tmp_path / "checkpoint")
+        command = command.replace("FOLDER", str(tmp_path / "checkpoint"))
     words = small(command, tmp_path)
     if words[0] == "mitigate":  # in this process: starting one costs more than most of the commands
         monkeypatch.chdir(tmp_path)
