@@ -275,10 +275,10 @@ class Adapter(ABC):
         Raises
         ------
         UnsupportedModel
-            If the pictures came encoded already.
+            If the pictures came encoded already, or lie in a cache.
         """
         pixels = inputs.get("pixel_values")
-        if pixels is None and inputs.get("mm_encoder_outputs") is not None:
+        if pixels is None and any(layout.images):
             raise UnsupportedModel("the images came encoded; give pixel_values, which the stack needs")
         return [] if pixels is None else list(pixels)
 

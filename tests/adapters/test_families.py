@@ -218,6 +218,18 @@ def test_a_prompt_with_its_answer_is_what_generation_saw(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_of_pictures_that_came_encoded_or_lie_in_a_cache_cannot_be_had(family: str) -> None:
+    subject = tiny(family)
+    inputs = subject.inputs([Prompt("dog ?", (4,))])
+    layout = subject.adapter.layout(
+        subject.model, inputs["input_ids"], inputs["attention_mask"], inputs, subject.processor
+    )
+    without = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+    with pytest.raises(UnsupportedModel, match="came encoded"):
+        subject.adapter.images(without, layout)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_row_is_that_row_alone(family: str) -> None:
     subject = tiny(family)
     together = served(family, [attention(family, Access.READ)], batch(family), max_new_tokens=3)

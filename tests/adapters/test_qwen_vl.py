@@ -376,9 +376,10 @@ def test_pixels_of_videos_follow_those_of_pictures(family):
 
 def test_encoded_pictures_and_time_stamps_are_refused():
     adapter, model = FAMILIES["qwen3_vl"][0], tiny("qwen3_vl")[0]
+    inputs = with_video("qwen3_vl", f"red {framed(VIDEO)} car", [[2, 4, 4]])
+    video, layout = inputs["input_ids"][0], layout_of("qwen3_vl", inputs)
     with pytest.raises(UnsupportedModel, match="came encoded"):
-        adapter.images({"mm_encoder_outputs": {}}, None)
-    video = with_video("qwen3_vl", f"red {framed(VIDEO)} car", [[2, 4, 4]])["input_ids"][0]
+        adapter.images({"mm_encoder_outputs": {}}, layout)
     with pytest.raises(UnsupportedModel, match="time stamps"):
         adapter.without_images(model, video, None)
 
