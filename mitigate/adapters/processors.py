@@ -43,8 +43,8 @@ class _WithoutVideos(ProcessorMixin):  # type: ignore[misc]
         return super().from_args_and_dict(everything, kept, **kwargs)
 
     def validate_inputs(self, *args: Any, videos: Any = None, **named: Any) -> None:
-        """Refuse videos, which nothing here could read."""
-        if videos is not None:
+        """Refuse videos, which nothing here could read, unless it was given a video part of its own."""
+        if videos is not None and "video_processor" not in vars(self):
             raise UnsupportedModel(
                 "this processor was built for pictures only; videos need: pip install 'mitigate[video]'"
             )
