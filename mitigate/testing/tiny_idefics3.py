@@ -51,7 +51,7 @@ def build(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     seed
         Seed of the weights; the global random state is left alone.
     """
-    spelled = sorted({part for name in _NAMES for part in name[1:-1].split("-")}, key=len)
+    spelled = sorted({part for name in _NAMES for part in name[1:-1].split("-")})
     words = tokenizer(_MARKS, begins=False)
     words.add_tokens([*_FRAMES, "<", ">", "-", *spelled])
     processor = Idefics3Processor(
