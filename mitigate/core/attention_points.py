@@ -27,9 +27,10 @@ class AttentionPoints:
     Layers, phases and rows nobody asked for go through fused attention untouched. Rows that are asked for are
     recomputed exactly, handed to the methods in stack order (scores before weights), and put back if changed.
 
-    A layer with a sliding window keeps only the latest keys. Methods see the columns of the others too, with no weight:
-    a key's place is its column in every layer. What a method writes on a key that its row cannot see, there or anywhere
-    else, reaches nothing: otherwise the outcome would depend on what the cache happens to keep.
+    A layer with a sliding window keeps only the latest keys, and a static cache has room for later ones. Methods see
+    every column so far and no other, lost keys with no weight: a key's place is its column in every layer. What a
+    method writes on a key that its row cannot see, there or anywhere else, reaches nothing: otherwise the outcome would
+    depend on what the cache happens to keep.
 
     Parameters
     ----------
@@ -66,10 +67,11 @@ class AttentionPoints:
         if request is None or frame is None:
             return self._base(module, query, key, value, mask, kwargs, key.shape[2] - query.shape[2])
         hidden = max(frame.stop - key.shape[2], 0)  # keys that a sliding window has let go
+        room = (hidden, frame.stop - hidden - key.shape[2])  # what padding makes one key a column
         start = frame.start - hidden
         items = [item for item in self._plan[frame.phase, layer] if self._bus.serves(item, frame)]
-        mask = self._masked(items, layer, request, frame, query, key, mask, hidden)
-        value = self._scaled(items, layer, request, frame, value, hidden)
+        mask = self._masked(items, layer, request, frame, query, key, mask, room)
+        value = self._scaled(items, layer, request, frame, value, room)
         asked: list[tuple[BoundSubscription, RowSelection]] = []
         for item in items:
             if item.subscription.point not in ROW_POINTS:
@@ -87,9 +89,9 @@ class AttentionPoints:
         with torch.autocast(query.device.type, enabled=False) if _autocast(query) else nullcontext():
             softcap = kwargs.get("softcap")
             scores = attention.row_scores(query, key, mask, scaling, local, local + start, softcap)
-            if hidden:
-                scores = nn.functional.pad(scores, (hidden, 0), value=torch.finfo(scores.dtype).min)
-                value = nn.functional.pad(value, (0, 0, hidden, 0))
+            if any(room):
+                scores = nn.functional.pad(scores, room, value=torch.finfo(scores.dtype).min)
+                value = nn.functional.pad(value, (0, 0, *room))
             open_row = mask is None and query.shape[2] == 1 and not hidden  # a cached step that sees every key
             unseen = None if open_row else scores[:, :1] <= torch.finfo(scores.dtype).min / 2
             probs, edited = self._edit(asked, layer, request, frame, local, scores, value, unseen)
@@ -121,31 +123,39 @@ class AttentionPoints:
         query: Tensor,
         key: Tensor,
         mask: Tensor | None,
-        hidden: int,
+        room: tuple[int, int],
     ) -> Tensor | None:
         """Let the methods edit which keys are seen; without them the mask stays what transformers made it."""
         for item in items:
             if item.subscription.point is not Point.ATTENTION_MASK:
                 continue
-            known = attention.additive(mask, query, key, frame.start - hidden)
-            if hidden:
-                known = nn.functional.pad(known, (hidden, 0), value=torch.finfo(known.dtype).min)
+            lost, unfilled = room[0], -room[1]
+            known = attention.additive(mask, query, key, frame.start - lost)
+            lowest = torch.finfo(known.dtype).min
+            known = nn.functional.pad(known, room, value=lowest)
             event = AttentionMask(**frame.event(request), layer=layer, mask=known, start=frame.start)
             new = self._bus.returned(item, event, known)
             if new is not None and not torch.equal(new, known):  # the kernel for no mask is not that for an equal one
-                mask = torch.where(request.finished.to(new.device)[:, None, None, None], known, new)[..., hidden:]
-                changed = (mask[:, 0, -1] != known[:, 0, -1, hidden:]).sum(1)
+                new = torch.where(request.finished.to(new.device)[:, None, None, None], known, new)
+                changed = (new[:, 0, -1, lost:] != known[:, 0, -1, lost:]).sum(1)
                 request.state(item.key).count("keys_masked", changed)
+                mask = nn.functional.pad(new, (-lost, unfilled), value=lowest)
         return mask
 
     def _scaled(
-        self, items: Sequence[BoundSubscription], layer: int, request: Request, frame: Frame, value: Tensor, hidden: int
+        self,
+        items: Sequence[BoundSubscription],
+        layer: int,
+        request: Request,
+        frame: Frame,
+        value: Tensor,
+        room: tuple[int, int],
     ) -> Tensor:
         """Multiply the values by the methods' gains; the cache keeps them as they are."""
         for item in items:
             if item.subscription.point is not Point.VALUE_SCALE:
                 continue
-            seen = nn.functional.pad(value, (0, 0, hidden, 0)) if hidden else value
+            seen = nn.functional.pad(value, (0, 0, *room)) if any(room) else value
             gain = self._bus.call(item, ValueScale(**frame.event(request), layer=layer, values=seen))
             if gain is None:
                 continue
@@ -155,9 +165,8 @@ class AttentionPoints:
                     f"{item.key} returned a gain of shape {tuple(gain.shape)} at layer {layer}; "
                     f"expected {(batch, 1, keys)} or {(batch, groups, keys)}"
                 )
-            gain = torch.where(request.finished.to(gain.device)[:, None, None], torch.ones_like(gain), gain)[
-                ..., hidden:
-            ]
+            gain = torch.where(request.finished.to(gain.device)[:, None, None], torch.ones_like(gain), gain)
+            gain = nn.functional.pad(gain, (-room[0], -room[1]), value=1.0)
             request.state(item.key).count("keys_scaled", (gain != 1).any(1).sum(1))
             value = value * gain[..., None].to(value.dtype)
         return value
