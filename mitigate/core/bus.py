@@ -334,7 +334,7 @@ class HookBus:
         event = NextTokenLogits(**frame.event(request), asker=item.key, logits=last)
         edited = self.returned(item, event, last)
         if edited is not None:
-            edited = torch.where(active[:, None], edited, last)
+            edited = torch.where(active[:, None].to(last.device), edited, last)
             request.state(item.key).count("steps_edited", (edited != last).any(1))
             output.logits = torch.cat([output.logits[:, :-1], edited[:, None]], 1)
 

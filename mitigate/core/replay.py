@@ -90,11 +90,11 @@ class Replay:
                 rows = slopes = [torch.zeros_like(weight[:, :, 0]) for weight in weights]
             else:
                 with torch.enable_grad():
-                    scalar = (cotangent.to(part.logits.dtype) * part.logits[:, place]).sum()
+                    scalar = (cotangent.to(part.logits) * part.logits[:, place]).sum()
                 gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
-                mine = part.rows[:, None, None]
-                rows = [weight.detach()[:, :, place] * mine for weight in weights]
-                slopes = [gradient[:, :, place] * mine for gradient in gradients]
+                mine = [part.rows[:, None, None].to(weight.device) for weight in weights]
+                rows = [weight.detach()[:, :, place] * own for weight, own in zip(weights, mine, strict=True)]
+                slopes = [gradient[:, :, place] * own for gradient, own in zip(gradients, mine, strict=True)]
             for layer, row, slope in zip(layers, rows, slopes, strict=True):
                 before = found.get(layer)
                 found[layer] = (row, slope) if before is None else (before[0] + row, before[1] + slope)
@@ -133,7 +133,7 @@ def replay(bus: HookBus, request: Request, state: MethodState, rows: int) -> Rep
     width = passes[0].logits.shape[-1] if passes else 1
     logits = torch.zeros(*valid.shape, width, device=ids.device)
     for part in passes:
-        known = part.logits.detach().float() * part.rows[:, None, None]
+        known = part.logits.detach().to(logits) * part.rows[:, None, None]
         logits[:, part.start - first :] += known
     state.count("extra_forwards", 1.0, valid.any(1))
     return Replay(columns, logits, ids[:, first + 1 : stop + 1], valid, tuple(passes))

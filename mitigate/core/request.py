@@ -289,7 +289,7 @@ class Request:
             raise HookError("the step's graph is gone")
         rows = [frame.tape[layer] for layer in layers]
         with torch.enable_grad():
-            scalar = (cotangent.to(self.graph_logits.dtype) * self.graph_logits).sum()
+            scalar = (cotangent.to(self.graph_logits) * self.graph_logits).sum()
         gradients = torch.autograd.grad(scalar, rows, retain_graph=True)
         return {
             layer: (row.detach()[:, :, -1], gradient[:, :, -1])

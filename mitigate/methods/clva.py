@@ -293,9 +293,10 @@ class CLVA(Method):
         if self.noise_source == "image_mean":
             return mean_over_images(reading.early, columns, event.layout.images)
         if self.noise_source == "embedding":
-            likeness = state.current[:, rows - state.start] @ state.vectors[:, :width].transpose(1, 2)
+            here = (rows - state.start).to(state.current.device)
+            likeness = state.current[:, here] @ state.vectors[:, :width].transpose(1, 2)
         else:  # image tokens are counted, so that padding does not change the draw
-            likeness = hashed_uniform(state.seed[:, None, None], columns.any(1).cumsum(-1))
+            likeness = hashed_uniform(state.seed[:, None, None].to(columns.device), columns.any(1).cumsum(-1))
         return restricted(likeness.relu().to(reading.early).unsqueeze(1), columns)[0]
 
     def maps(self, noise: Tensor, middle: Tensor, rise: Tensor, columns: Tensor) -> Maps:
@@ -306,7 +307,7 @@ class CLVA(Method):
 
     def _finish(self, event: AttentionProbs, state: MethodState, reading: Reading) -> None:
         """End of M: fix the anchors of this forward's rows."""
-        maps = self.maps(reading.noise, reading.middle, reading.rise, reading.known)
+        maps = self.maps(reading.noise, reading.middle, reading.rise, reading.known).to(event.probs.device)
         own, last = own_rows(event, state), event.layout.prompt_length - 1
         if self.refresh == "prefill":
             here = (own.rows == last).nonzero().flatten()

@@ -47,6 +47,10 @@ class Maps:
         names = [each.name for each in dataclasses.fields(self)]
         return Maps(*(change(*(getattr(maps, name) for maps in (self, *others))) for name in names))
 
+    def to(self, device: torch.device) -> Maps:
+        """Bring the maps to another device."""
+        return self.each(lambda field: field.to(device))
+
     def within(self, own: OwnRows, unseen: Tensor | None) -> Maps:
         """Return the maps on the rows' device, without the tokens that they cannot see in a layer.
 
@@ -57,7 +61,7 @@ class Maps:
         unseen
             ``[B, 1, R', K]`` bool, as the event of the layer has it.
         """
-        here = self.each(lambda field: field.to(own.asked.device))
+        here = self.to(own.asked.device)
         if unseen is None:
             return here
         seen = ~own.of(unseen)[..., : self.columns.shape[-1]]

@@ -1,8 +1,9 @@
 """Two pretended devices on the CPU: what a model over two GPUs would refuse is refused here; moves are followed.
 
 Tensors remember where they would lie, say so (``.device``), and follow ``.to()`` and ``device=``. An operation on
-tensors of two devices raises, whether it stands in transformers, in the bus, in ``mitigate/ops`` or in a method. Modules
-take their inputs to their own device first, as accelerate's hooks do inside ``forward``: hooks of the bus run before.
+tensors of two devices raises, whether it stands in transformers, in the bus, in ``mitigate/ops`` or in a method.
+Modules take their inputs to their own device first, and the whole model brings its output to that of its inputs, as
+accelerate's hooks do inside ``forward``: hooks of the bus run before and after.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def divide(model: nn.Module, second: list[nn.Module]) -> None:
         for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             put(own, place)
         module.forward = _following(module.forward, place)  # type: ignore[method-assign]
+    model.forward = _returning(model.forward)  # type: ignore[method-assign]
 
 
 def _following(forward: Any, place: torch.device) -> Any:
@@ -120,6 +122,19 @@ def _following(forward: Any, place: torch.device) -> Any:
         return forward(*_taken(args, place), **_taken(kwargs, place))
 
     return follow
+
+
+def _returning(forward: Any) -> Any:
+    """Bring the whole model's output to the device of its inputs, as accelerate does."""
+
+    @functools.wraps(forward)
+    def give(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        for name, value in output.items():
+            output[name] = value.to(FIRST) if isinstance(value, Tensor) and where(value) == SECOND else value
+        return output
+
+    return give
 
 
 def _taken(value: Any, place: torch.device) -> Any:

@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from mitigate_vcd.vcd import VCD
+from torch import nn
 
 from mitigate.core.stack import Stack
 from mitigate.registry import methods
 from mitigate.testing.tiny import TinyModel, tiny_model
 from tests.core.pretended_split import FIRST, SECOND, Mixed, TwoDevices, divide, put, where
 
-STACKS = {
-    "none": [],
-    "locore": ["locore"],
-    "scr": ["scr"],
-    "dleaf": ["dleaf"],
-    "clva": ["clva"],
-    "sgrs": ["sgrs"],
-    "forward-only": ["sgrs:forward-only"],
-    "three": ["locore", "scr", "sgrs"],
+#: Stack -> its methods with their parameters, and arguments of ``generate``.
+STACKS: dict[str, tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]] = {
+    "none": ([], {}),
+    "scr, dleaf": ([("scr", {}), ("dleaf", {})], {}),
+    "clva": ([("clva", {"noise_source": "random", "gate": "bhattacharyya", "anchor_unit": "heads"})], {}),
+    "clva, locore, beams": ([("clva", {"noise_source": "embedding"}), ("locore", {})], {"num_beams": 2}),
+    "sgrs from the prompt's end": ([("sgrs", {"history_init": "prompt_tail"})], {}),
+    "sgrs without a graph, locore": ([("sgrs", {"gradient": "direct"}), ("locore", {})], {}),
+    "a branch": ([("vcd", {})], {}),
+}
+#: Where a device ends: layers by turns; in the middle, as ``device_map`` divides; before the first layer.
+SPLITS: dict[str, Callable[[TinyModel, list[nn.Module]], list[nn.Module]]] = {
+    "turns": lambda tiny, layers: layers[1::2],
+    "halves": lambda tiny, layers: [
+        *layers[2:],
+        tiny.adapter.final_norm(tiny.model),
+        tiny.adapter.unembedding(tiny.model),
+    ],
+    "all": lambda tiny, layers: layers,
 }
 
 
-def answered(tiny: TinyModel, names: list[str]) -> torch.Tensor:
-    made = []
-    for name in names:
-        plugin, _, preset = name.partition(":")
-        kind = methods().get(plugin)
-        made.append(kind(**kind.presets[preset]) if preset else kind())
+def answered(tiny: TinyModel, stack: str) -> torch.Tensor:
+    parts, options = STACKS[stack]
+    made = [(VCD if name == "vcd" else methods().get(name))(**values) for name, values in parts]
     inputs = {name: put(value, FIRST) for name, value in tiny.inputs().items()}
     with Stack(made).attach(tiny.model, tiny.processor) as handle:
-        tokens: torch.Tensor = handle.generate(**inputs, max_new_tokens=3, do_sample=False, seed=1)
+        tokens: torch.Tensor = handle.generate(**inputs, max_new_tokens=3, do_sample=False, seed=1, **options)
         handle.telemetry()
     return tokens
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_every_method_works_on_a_model_over_two_devices(stack: str) -> None:
-    whole = answered(tiny_model("llava"), STACKS[stack])
-    divided = tiny_model("llava")
-    layers = list(divided.adapter.decoder_layers(divided.model))
-    divide(divided.model, layers[1::2])
+@functools.cache
+def whole(family: str, stack: str) -> list[list[int]]:
+    tokens: list[list[int]] = answered(tiny_model(family), stack).tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("family", "stack"),
+    [
+        *(("llava", stack) for stack in STACKS),
+        *(("qwen2_vl", stack) for stack in ("sgrs from the prompt's end", "a branch")),
+        *((family, "clva, locore, beams") for family in ("gemma3", "internvl", "instructblip")),
+    ],
+)
+def test_every_method_works_on_a_model_over_two_devices(family: str, stack: str, split: str) -> None:
+    divided = tiny_model(family)
+    divide(divided.model, SPLITS[split](divided, list(divided.adapter.decoder_layers(divided.model))))
     with TwoDevices():
-        tokens = answered(divided, STACKS[stack])
-    assert tokens.tolist() == whole.tolist()
+        tokens = answered(divided, stack)
+    assert tokens.tolist() == whole(family, stack)
 
 
 def test_what_would_fail_on_two_gpus_fails_here() -> None:
