@@ -190,7 +190,7 @@ class Request:
     def note_positions(self, positions: Tensor | None, start: int) -> None:
         """Keep the position ids ``[..., B, n]`` of prompt columns ``start ...`` as the model got them."""
         if positions is None:  # a forward made by hand: the model finds them itself, and so does the adapter
-            if start:
+            if start or self._positions is not None:
                 return
             ids, mask = self.ids, self.layout.valid[:, : self.layout.prompt_length].long()
             positions = self.bus.adapter.prompt_inputs(self.bus.model, ids, mask, self._inputs or {})["position_ids"]

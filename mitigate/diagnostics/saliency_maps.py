@@ -39,7 +39,7 @@ class TokenMap:
     Parameters
     ----------
     attention, saliency
-        ``[t, t]`` query rows x key columns, picture left out; lower triangular.
+        ``[t, t]`` query rows x key columns, pictures and their frames left out; lower triangular.
     texts
         The t tokens.
     groups
@@ -185,7 +185,8 @@ def token_map(
     mask = inputs.get("attention_mask")
     layout = loaded.adapter.layout(loaded.model, inputs["input_ids"], mask, inputs, loaded.processor)
     roles = layout.grown(whole["input_ids"].shape[1]).roles[0]
-    keep = ((roles != Role.IMAGE) & (roles != Role.PAD)).nonzero().flatten()
+    names = {Role.SYSTEM: "system", Role.PROMPT: "prompt", Role.GENERATED: "output"}
+    keep = torch.isin(roles, torch.tensor(list(names), device=roles.device)).nonzero().flatten()
     own = {layer: parts[layer] for layer in layers}
     attention = torch.stack([a.mean(0) for a, _ in own.values()]).mean(0)
     saliency = paper_map(own)
@@ -195,7 +196,6 @@ def token_map(
     }
     legacy = kind == "legacy_demo"
     shown = legacy_map(_scores(loaded, whole), parts[0], keep) if legacy else saliency[keep][:, keep]
-    names = {Role.SYSTEM: "system", Role.PROMPT: "prompt", Role.GENERATED: "output"}
     ids = whole["input_ids"][0, keep].tolist()
     return TokenMap(
         attention[keep][:, keep].cpu().numpy(),

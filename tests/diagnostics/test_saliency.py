@@ -12,12 +12,14 @@ import torch
 
 from mitigate.adapters import LoadedModel, adapter_for
 from mitigate.core import Access, AttentionProbs, Fidelity, Method, ModelFacts, Point, Subscription, Tags
+from mitigate.core.layout import Role
 from mitigate.core.stack import Stack
 from mitigate.diagnostics import saliency_maps
 from mitigate.diagnostics.saliency import Saliency, SaliencyObserver
 from mitigate.diagnostics.saliency_interventions import SaliencyMarks, TextGain
 from mitigate.diagnostics.saliency_stack_maps import under_stack
 from mitigate.errors import ConfigError
+from mitigate.testing.tiny import Prompt, tiny_model
 from tests.references import naive_sgrs
 from tests.references.runs import warm_model
 from tests.references.tiny import PAD, full_forward, make_inputs, split_rows, tiny_processor
@@ -209,6 +211,19 @@ def test_maps_are_those_of_the_equations(model: Any, mapped: Any) -> None:
     image = ids[0] == model.config.image_token_id
     share = float(whole[-1][image].sum() / whole[-1].sum())
     assert found.last["saliency"]["image"] == pytest.approx(share, rel=1e-3)
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_map_leaves_out_what_frames_a_picture(stack: bool) -> None:
+    tiny = tiny_model("qwen2_vl")
+    inputs = tiny.inputs((Prompt("dog ?", (4,)),))
+    subject = LoadedModel(tiny.model, tiny.processor, tiny.adapter, tiny.facts)
+    roles = tiny.adapter.layout(tiny.model, inputs["input_ids"], None, inputs, tiny.processor).roles[0]
+    assert (roles == Role.SEPARATOR).any()
+    methods = {"fade": Fade()} if stack else None
+    found = saliency_maps.token_map(subject, inputs, [50, 60], 33, LAYERS, "paper", methods)
+    text = [int((roles == role).sum()) for role in (Role.SYSTEM, Role.PROMPT)]
+    assert found.groups == ["system"] * text[0] + ["prompt"] * text[1] + ["output"] * 2
 
 
 @dataclass(frozen=True, kw_only=True)
