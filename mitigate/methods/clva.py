@@ -296,7 +296,7 @@ class CLVA(Method):
             here = (rows - state.start).to(state.current.device)
             likeness = state.current[:, here] @ state.vectors[:, :width].transpose(1, 2)
         else:  # image tokens are counted, so that padding does not change the draw
-            likeness = hashed_uniform(state.seed[:, None, None].to(columns.device), columns.any(1).cumsum(-1))
+            likeness = hashed_uniform(state.seed[:, None, None], columns.any(1).cumsum(-1))
         return restricted(likeness.relu().to(reading.early).unsqueeze(1), columns)[0]
 
     def maps(self, noise: Tensor, middle: Tensor, rise: Tensor, columns: Tensor) -> Maps:
