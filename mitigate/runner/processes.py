@@ -102,7 +102,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ConfigError, ValueError
-        If the scheduler has started other processes than the configuration asks for.
+        If the scheduler has started other processes than the configuration asks for, or nobody those of other machines.
     """
     asked = {key: config[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
     several = config["devices"] != 1 or config["num_nodes"] != 1
@@ -114,6 +114,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         environment = SLURMEnvironment(auto_requeue=False)
         environment.validate_settings(num_devices=config["devices"], num_nodes=config["num_nodes"])
         asked["plugins"] = [environment]
+    elif config["num_nodes"] > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"trainer.num_nodes={config['num_nodes']}, but nothing says where the other machines are;"
+            " put srun or torchrun before the command"
+        )
     return asked
 
 

@@ -159,8 +159,19 @@ def test_a_job_without_srun_is_refused_instead_of_waiting(alone: None, monkeypat
     assert environment.auto_requeue is False
 
 
+def test_several_machines_without_a_launcher_are_refused_instead_of_waiting(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2.*srun or torchrun"):
+        settings({**ONE, "num_nodes": 2})
+
+
 @pytest.mark.parametrize("changes", [{"strategy": "ddp"}, {"devices": 2}, {"devices": -1}, {"num_nodes": 2}])
-def test_several_processes_need_no_gpus_to_talk(alone: None, changes: dict[str, Any]) -> None:
+def test_several_processes_need_no_gpus_to_talk(
+    alone: None, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
     assert settings(ONE)["strategy"] == "auto"
     assert settings({**ONE, **changes})["strategy"].process_group_backend == "gloo"
 
