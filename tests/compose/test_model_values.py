@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mitigate.compose import compose_run
+from mitigate.compose import ResolvedRun, compose_run
 from mitigate.core import parse_layers
 from mitigate.registry import adapters, methods
 
@@ -116,9 +117,14 @@ CASES = [
 ]
 
 
+@cache
+def composed(model: str) -> ResolvedRun:
+    return compose_run([f"model={model}", "methods=[locore,scr,sgrs]"])
+
+
 @pytest.mark.parametrize(("model", "method", "parameter", "value", "source"), CASES)
 def test_published_values(model: str, method: str, parameter: str, value: Any, source: str) -> None:
-    run = compose_run([f"model={model}", f"methods=[{method}]"])
+    run = composed(model)
     assert getattr(run.methods[method], parameter) == value
     origin = run.provenance[f"methods.{method}.{parameter}"]
     assert origin in ("default", f"model {model}")
@@ -130,7 +136,7 @@ def test_published_values(model: str, method: str, parameter: str, value: Any, s
 def test_published_layers(place: tuple[str, int, str, str], expected: tuple[int, int, str]) -> None:
     model, depth, method, parameter = place
     first, last, _ = expected
-    run = compose_run([f"model={model}", f"methods=[{method}]"])
+    run = composed(model)
     assert run.config["model"]["layers"] == depth
     assert parse_layers(getattr(run.methods[method], parameter), depth) == tuple(range(first, last + 1))
 
