@@ -45,6 +45,10 @@ class AttentionPoints:
     def __init__(self, bus: HookBus, modules: Mapping[int, nn.Module], *, eager: bool = False) -> None:
         self._bus, self._eager = bus, eager
         self._index = {id(module): index for index, module in modules.items()}
+        self._replays = any(
+            item.subscription.access is Access.GRADIENT and Phase.DIAGNOSTIC in item.subscription.phases
+            for item in bus.bound
+        )
         self._plan = {
             (phase, index): [
                 item
@@ -79,6 +83,8 @@ class AttentionPoints:
             selection = self._selection(item.subscription.rows, request, frame, query.device)
             if selection is not None:
                 asked.append((item, selection))
+        if self._replays and frame.start == 0 and request.cache.layers[layer].is_sliding:
+            request.prompt_keys[layer] = (key, value)
         if not asked:
             return self._base(module, query, key, value, mask, kwargs, start)
         attention.refuse_unserved(layer, kwargs)

@@ -143,9 +143,10 @@ def _pass(bus: HookBus, request: Request, state: MethodState, start: int, rows: 
     stop = request.layout.prompt_length - 1
     cache = DynamicCache()
     for layer, kept in enumerate(request.cache.layers):  # a copy: the main cache must not see this pass
-        if kept.keys.shape[2] < stop:
+        keys, values = request.prompt_keys.get(layer, (kept.keys, kept.values))
+        if keys.shape[2] < stop:
             raise UnsupportedModel(f"layer {layer} no longer keeps the prompt's keys (sliding window)")
-        cache.update(kept.keys[:, :, :start].detach(), kept.values[:, :, :start].detach(), layer)
+        cache.update(keys[:, :, :start].detach(), values[:, :, :start].detach(), layer)
     valid = request.layout.valid[:, :stop].long()
     inputs = {
         "input_ids": request.ids[:, start:stop],

@@ -78,6 +78,8 @@ class Request:
         self.graph_logits: Tensor | None = None
         self.streams: Streams | None = None
         self.lineage = Lineage(self.samples, self.reorder)
+        #: Layer -> keys and values of the prompt where the cache keeps the latest ones only, for `replay`.
+        self.prompt_keys: dict[int, tuple[Tensor, Tensor]] = {}
         self._positions: Tensor | None = None
         self._generators: list[torch.Generator] | None = None
         self._inputs: Mapping[str, Any] | None = dict(inputs or {})

@@ -23,7 +23,7 @@ from mitigate.core import (
     parse_layers,
 )
 from mitigate.core.points import MAIN_PHASES
-from mitigate.errors import HookError
+from mitigate.errors import HookError, UnsupportedModel
 from mitigate.lazy import torch
 from mitigate.ops.saliency import NORMS, REDUCTIONS, cotangent, last_columns, layer_shares
 
@@ -213,6 +213,9 @@ class SGRS(Method):
     def subscriptions(self, model: ModelFacts) -> list[Subscription]:
         """Differentiate the predicting row in the target layers, and choose the token."""
         layers = parse_layers(self.layers, model.layers, name=f"methods.{self.name}.layers")
+        if self.history_init == "prompt_tail" and not model.causal_prompt:
+            why = f"prompt tokens of {model.family} see those they would have to predict"
+            raise UnsupportedModel(f"{self.name}: {why}; set methods.{self.name}.history_init=empty")
         where = f"among the {self.top_k} most probable tokens"
         choose = Subscription(point=Point.SELECT_TOKEN, access=Access.WRITE, where=where)
         read = Subscription(
@@ -227,8 +230,6 @@ class SGRS(Method):
 
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> None:
         """Only the gradient is needed; it is asked for when the token is chosen."""
-
-    # ------------------------------------------------------------------------------------------------------ Algorithm 1
 
     def on_select_token(self, event: SelectToken, state: MethodState) -> Selection:
         """Draw, score, accept or reject, for all rows at once (Algorithm 1)."""
@@ -332,8 +333,6 @@ class SGRS(Method):
         state.count("rejections", draw.rejected.sum(-1))
         state.count("steps_with_rejection", 1.0, draw.rejected.any(-1))
         state.count("extra_backwards", draw.backwards)
-
-    # ----------------------------------------------------------------------------------------------------- the saliency
 
     def _earlier_text(self, layout: TokenLayout, last: int, keys: int = 0) -> Tensor:
         """J of the row at column ``last``, as a mask over ``keys`` columns (up to the row's own by default)."""

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mitigate.core import Access, Method, Point, Rows, Subscription
+from mitigate.core import Access, Method, Phase, Point, Rows, Subscription
+from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
+from mitigate.errors import UnsupportedModel
 from mitigate.methods.clva import CLVA
 from mitigate.methods.dleaf import DLEAF
 from mitigate.methods.locore import LocoRE
+from mitigate.methods.sgrs import SGRS
 from mitigate.testing.tiny import Prompt, TinyModel, tiny_model
+from tests.core.test_choosing import Watch
 from tests.core.test_points import Probe
 
 #: Layer 1 sees everything, the others the latest 24 keys: the picture's last ones at first, and then none.
@@ -118,3 +122,31 @@ def test_a_layer_that_sees_no_picture_is_neither_diagnosed_nor_changed() -> None
         changed = (logits[:, row] != plain()[:, row]).any(-1).tolist()
         assert changed[: sum(sees)] == sees[: sum(sees)]
         assert not all(sees)
+
+
+def test_prompt_rows_run_again_although_the_cache_let_their_keys_go() -> None:
+    subject, kept = tiny(), []
+
+    def note(event: Any, state: Any) -> None:
+        if event.step == 0 and not kept and hasattr(event, "scores"):
+            kept.append(event.request.replay(state, rows=4))
+
+    phases = MAIN_PHASES | {Phase.DIAGNOSTIC}
+    point, choose = Point.ATTENTION_PROBS, Subscription(point=Point.SELECT_TOKEN, access=Access.WRITE)
+    wish = Subscription(point=point, access=Access.GRADIENT, layers=(0, 2), phases=phases, rows=Rows.LAST)
+    generate([Watch(wishes=(wish, choose), function=note)])
+    (replay,) = kept
+    inputs = subject.inputs(ASKED)
+    with torch.no_grad():
+        expected = subject.model(**inputs).logits[:, replay.columns]
+    assert inputs["input_ids"].shape[1] > WINDOW
+    assert bool(replay.valid.all())
+    torch.testing.assert_close(replay.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_history_from_a_prompt_that_sees_itself_whole_is_refused_when_the_stack_is_built() -> None:
+    subject = tiny_model("paligemma")
+    refusal = r"paligemma see those they would have .* methods\.sgrs\.history_init=empty"
+    stack = Stack([SGRS(history_init="prompt_tail")])
+    with pytest.raises(UnsupportedModel, match=refusal), stack.attach(subject.model, subject.processor):
+        pass
