@@ -24,6 +24,7 @@ UNSEEN = "not seen on tiny models"
 @check(needs_model=True, once=True)
 def check_parameters_matter(subject: Subject) -> None:
     """Behave otherwise when a parameter is changed: each one in at least one parameter set."""
+    stage(subject)
     plugin, sets = subject.plugin, instances(subject.plugin)
     hints = typing.get_type_hints(plugin, include_extras=True)
     unseen = {parameter for parameter, hint in hints.items() if UNSEEN in getattr(hint, "__metadata__", ())}

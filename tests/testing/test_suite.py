@@ -119,6 +119,13 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Except
         check_method(Gentle(), **options)
 
 
+def test_a_family_that_a_method_refuses_says_nothing_against_it() -> None:
+    scr = methods().get("scr")
+    needing = [known.name for known in catalogue() if known.needs_model and known.once]
+    found = check_method(scr, families=["instructblip"], only=needing, on_fail=None)
+    assert [(row.check, row.status) for row in found] == [(name, "skipped") for name in needing]
+
+
 @pytest.mark.parametrize("wrong", ["gentle", int, Method])
 def test_what_is_no_method_is_refused(wrong: Any) -> None:
     with pytest.raises(PluginError, match=r"is no method|cannot be built"):
