@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
+from mitigate.hubcache import cached_instead, download_command
 
 #: Packages some processors and some quantised checkpoints need, as their errors spell them.
 _PACKAGES = ("torchvision", "bitsandbytes", "torchao", "num2words", "sentencepiece", "compressed-tensors", "gptqmodel")
@@ -26,7 +27,8 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
     local
         Whether it is a folder.
     asked
-        What was asked for by configuration: ``attn_implementation``, ``device_map``, ``quantization``.
+        What was asked for by configuration: ``attn_implementation``, ``device_map``, ``quantization``,
+        ``revision``.
     """
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
@@ -40,7 +42,8 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
             f"{path!r} brings code of its own, which runs only if you ask for it\n"
             "read that code, then set model.trust_remote_code=true; an adapter must know its family, too"
         )
-    if found := _out_of_memory(error, path) or (None if local else _hub(error, path)) or _package(error, path, text):
+    hub = None if local else _hub(error, path, asked["revision"])
+    if found := _out_of_memory(error, path) or hub or _package(error, path, text):
         return found
     if isinstance(error, UnicodeDecodeError | json.JSONDecodeError) or "not a valid JSON" in reason:
         return DataError(
@@ -103,7 +106,7 @@ def _out_of_memory(error: Exception, path: str) -> MitigateError | None:
     )
 
 
-def _hub(error: Exception, path: str) -> MitigateError | None:
+def _hub(error: Exception, path: str, revision: str | None) -> MitigateError | None:
     """Explain a hub that says no, or says nothing."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
@@ -116,7 +119,10 @@ def _hub(error: Exception, path: str) -> MitigateError | None:
             f"accept its licence at {constants.ENDPOINT}/{path}, then log in with: hf auth login"
         )
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return DataError(f"cannot load model {path!r}: the hub has no such revision; correct model.revision")
+        return DataError(
+            f"cannot load model {path!r}: the hub has no such revision; correct model.revision, or take the "
+            "newest with model.revision=null"
+        )
     if status & {401, 404}:
         return DataError(
             f"cannot load model {path!r}: the hub has no such model, or it is private\n"
@@ -125,6 +131,11 @@ def _hub(error: Exception, path: str) -> MitigateError | None:
     if not any(isinstance(cause, OSError) for cause in causes):
         return None
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached or has no such model"
+    if other := cached_instead(path, revision):
+        return DataError(
+            f"cannot load model {path!r}: {why}, and the local cache has another revision than {revision or 'main'}\n"
+            f"take that one with model.revision={other}, or get it: {download_command(path, revision)}"
+        )
     return DataError(
         f"cannot load model {path!r}: {why}, and it is not in the local cache\n"
         f"check model.path (and model.revision), or set model.path to a local folder"

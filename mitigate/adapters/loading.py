@@ -137,7 +137,12 @@ def load_model(
         needed = needed_bytes(stored_numbers(folder, revision, local=local), kind, bits)
         check_memory(path, needed, torch.device(device), kind, quantization)
     arguments = arguments or {"device_map": {"": device}}
-    asked = {"attn_implementation": attn_implementation, "device_map": device_map, "quantization": quantization}
+    asked = {
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization": quantization,
+        "revision": revision,
+    }
     try:
         with _quiet():
             _bring_family(folder, **common)

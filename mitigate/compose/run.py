@@ -128,6 +128,9 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
     values = len(groups) < len(parsed)
     config = hydra.merge([_forced(override) for override in parsed]) if values else copy.deepcopy(chosen.config)
     origins = {**chosen.origins, **_set_by_hand(hydra, parsed)}
+    if _is_of_another_path(origins):
+        config.model.revision = None
+        del origins["model.revision"]
     tuned = tuned_values(hydra, chosen.chosen.get("model"), config.model)
     try:
         decided = {
@@ -147,6 +150,12 @@ def _resolve(hydra: Session, parsed: Sequence[Override]) -> ResolvedRun:
         return _build(plain, decided, origins, preset or "+".join(decided) or "none")
     except ConfigError as error:
         raise _with_source(error, decided) from error
+
+
+def _is_of_another_path(origins: Mapping[str, str]) -> bool:
+    """Say whether the revision is from a model's file, but the path is not: a commit belongs to its own repository."""
+    path, revision = (origins.get(key, "") for key in ("model.path", "model.revision"))
+    return revision.startswith("model ") and not path.startswith("model ")
 
 
 def _with_source(error: ConfigError, decided: Mapping[str, MethodValues]) -> ConfigError:

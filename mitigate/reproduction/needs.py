@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mitigate.errors import ConfigError, MitigateError
+from mitigate.hubcache import cached_instead, download_command
 
 if TYPE_CHECKING:
     from mitigate.benchmarks.base import Benchmark
@@ -133,9 +134,14 @@ def missing_weights(model: Mapping[str, Any]) -> Missing | None:
         lacking = _lacking(folder)
         remedy = f"copy the whole checkpoint into {folder}"
     else:
-        cached = _snapshot(path, model.get("revision"))
+        revision = model.get("revision")
+        cached = _snapshot(path, revision)
+        other = cached_instead(path, revision) if cached is None else None
         lacking = "no copy in the hub cache" if cached is None else _lacking(cached)
-        remedy = f"hf download {path}, or model.path=FOLDER for a local copy"
+        remedy = f"{download_command(path, revision)}, or model.path=FOLDER for a local copy"
+        if other is not None:
+            lacking = f"the hub cache has another revision than {revision or 'main'}"
+            remedy = f"{download_command(path, revision)}, or model.revision={other} for the one that is there"
     if not lacking:
         return None
     return Missing(kind="weights", what=f"weights of {model['name']} ({path}): {lacking}", remedy=remedy)

@@ -21,6 +21,7 @@ from mitigate.adapters import load_model
 from mitigate.adapters.explaining import explain
 from mitigate.adapters.processors import load_processor
 from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
+from mitigate.hubcache import cached_instead
 from mitigate.testbed.model import checkpoint_path
 from mitigate.testing.tiny import tiny_families, tiny_model
 
@@ -114,6 +115,25 @@ def test_a_hub_id_without_a_hub(
     with pytest.raises(MitigateError, match=r"hub cannot be reached.*\n.*model.path to a local folder"):
         load_model("nobody/nothing-of-this-name")
     assert capfd.readouterr() == ("", "")
+
+
+def test_another_revision_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here, asked = "a" * 40, "b" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--maker--big"
+    (folder / "snapshots" / here).mkdir(parents=True)
+    (folder / "snapshots" / here / "config.json").write_text("{}")
+    other = "HF_HUB_OFFLINE is set, and the local cache has another revision than {}\n.*model.revision={}, or get it: "
+    with pytest.raises(DataError, match=other.format(asked, here) + f"hf download maker/big --revision {asked}"):
+        load_model("maker/big", revision=asked)
+    with pytest.raises(DataError, match=other.format("main", here) + "hf download maker/big$"):
+        load_model("maker/big")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(here)
+    with pytest.raises(DataError, match=other.format(asked, "null")):
+        load_model("maker/big", revision=asked)
+    assert cached_instead("maker/big", None) is cached_instead("maker/big", here) is None  # it has what was asked for
 
 
 def test_loading_is_silent_and_leaves_logging_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +234,7 @@ def answer(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> OSError:
         return error
 
 
-ASKED = {"attn_implementation": "sdpa", "device_map": None, "quantization": None}
+ASKED = {"attn_implementation": "sdpa", "device_map": None, "quantization": None, "revision": None}
 
 
 @pytest.mark.parametrize(

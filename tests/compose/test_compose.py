@@ -176,6 +176,15 @@ def test_group_choices_have_a_source() -> None:
     assert run.facts.layers == 32
 
 
+def test_a_pinned_commit_belongs_to_its_repository() -> None:
+    def revision(*overrides: str) -> Any:
+        return compose_run(["model=llava-1.5-7b", *overrides]).config["model"]["revision"]
+
+    assert len(revision()) == 40
+    assert revision("model.path=maker/other") is revision("model.revision=null") is None
+    assert revision("model.path=maker/other", "model.revision=v2") == "v2"
+
+
 def test_a_broken_plugin_stops_only_runs_that_select_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(methods()._builtin, "ghost", "no_such_module:Ghost")
     assert list(compose_run(["methods=[toy]"]).methods) == ["toy"]

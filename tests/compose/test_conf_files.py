@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def test_stacks_that_are_named_after_their_methods() -> None:
             assert in_file(stack) == parts
     assert in_file("none") == []
     assert in_file("mission") == ["scr", "clva", "dleaf", "locore", "sgrs"]
+
+
+def test_a_pin_is_a_whole_commit_and_the_same_wherever_its_repository_is_named() -> None:
+    pins: dict[str, set[str | None]] = {}
+    for name in names("model"):
+        model = read(Path("model") / f"{name}.yaml")
+        pins.setdefault(model.get("path", name), set()).add(model.get("revision"))
+    assert all(len(found) == 1 for found in pins.values())
+    assert all(pin is None or re.fullmatch("[0-9a-f]{40}", pin) for found in pins.values() for pin in found)
+    assert len({pin for found in pins.values() for pin in found if pin}) > 20
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

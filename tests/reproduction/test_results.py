@@ -217,6 +217,13 @@ def test_weights_are_looked_for_without_a_network(tmp_path: Path, monkeypatch: p
     assert absent is not None
     assert "no copy in the hub cache" in absent.what
     assert "hf download maker/big" in absent.remedy
+    pinned = {"name": "big", "path": "maker/big", "revision": "b" * 40}
+    assert "hf download maker/big --revision bbb" in getattr(missing_weights(pinned), "remedy", "")
+    monkeypatch.setattr("mitigate.reproduction.needs.cached_instead", lambda *_: "null")
+    other = missing_weights(pinned)
+    assert other is not None
+    assert "the hub cache has another revision than bbb" in other.what
+    assert "model.revision=null" in other.remedy
     folder = {"name": "local", "path": str(tmp_path)}
 
     def what() -> str | None:
