@@ -1,7 +1,8 @@
 """Run every built-in method on a tiny model of every family, and write docs/support.json and docs/support.md.
 
 python scripts/support_matrix.py                      # all families and methods: several minutes
-python scripts/support_matrix.py --family gemma3      # some families again; can be given several times
+python scripts/support_matrix.py --family gemma3      # one row again; can be given several times
+python scripts/support_matrix.py --method scr         # one column again; can be given several times, and with --family
 python scripts/support_matrix.py --write              # only write the page again
 python scripts/support_matrix.py --check              # change nothing; exit code 1 if a result or the page is stale
 
@@ -106,11 +107,11 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 def stale(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what the stored results no longer describe."""
     found = []
-    for family in FAMILIES:
-        for name in METHODS:
-            result = results.get(family, {}).get(name)
-            if result is None or result["code"] != stamp(family, name):
-                found.append(f"{name} on {family}: no result for this code; {AGAIN} --family {family}")
+    for name in METHODS:
+        known = {family: results.get(family, {}).get(name, {}).get("code") for family in FAMILIES}
+        if others := [family for family, code in known.items() if code != stamp(family, name)]:
+            narrow = "".join(f" --family {family}" for family in others) if len(others) < len(FAMILIES) else ""
+            found.append(f"no result for the code of {name} on {', '.join(others)}; {AGAIN} --method {name}{narrow}")
     return found
 
 
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write or check; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="measure this family only")
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="measure this method only")
     parser.add_argument("--write", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something is stale")
     options = parser.parse_args(arguments)
@@ -129,13 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in problems:
             print(problem, file=sys.stderr)
         return 1 if problems else 0
-    for family in [] if options.write else options.family or list(FAMILIES):
-        results[family] = {}
-        for name in METHODS:
-            results[family][name] = measure(family, name)
-            print(
-                f"{family} {name}: {cell(results[family][name])}", results[family][name].get("failed") or "", flush=True
-            )
+    for family in [] if options.write else options.family or FAMILIES:
+        for name in options.method or METHODS:
+            result = results.setdefault(family, {})[name] = measure(family, name)
+            print(f"{family} {name}: {cell(result)}", result.get("failed") or "", flush=True)
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(results), encoding="utf-8")
     return 0
