@@ -197,7 +197,7 @@ def test_a_linear_map_without_a_plain_matrix_is_applied_to_the_identity(model):
     rows = {2: (torch.rand(1, 4, 7, generator=generator), torch.randn(1, 2, 7, 16, generator=generator))}
     cotangent = torch.randn(1, 100, generator=generator)
     path = DirectPath(model, adapter_for(model))
-    path._normed = (torch.ones(1, 64), torch.full((1, 64), 0.5))
+    path._normed = {-1: (torch.ones(1, 64), torch.full((1, 64), 0.5))}
     want = path.gradients(rows, cotangent)[2]
     packed = Packed(path._projections[2])
     path._projections[2] = packed

@@ -59,6 +59,7 @@ def test_check_runs_lint_types_docs_and_tests(tools: Path) -> None:
         "ruff format --check .",
         "mypy",
         "python scripts/make_docs.py --check",
+        "python scripts/support_matrix.py --check",
         "python -m pytest -n 2 --dist worksteal",
     ]
 

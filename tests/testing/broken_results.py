@@ -351,7 +351,7 @@ class DeepOnly(Adding):
         return [Subscription(point=_HIDDEN, access=Access.WRITE, layers=(layer,))]
 
 
-@caught_by("check_families", r"refuses every tiny model \(llava: .*wants layer 20.*, so nothing can be checked")
+@caught_by("check_families", r"refuses every tiny model \(\w+: .*wants layer 20.*, so nothing can be checked")
 class FixedLayer(Adding):
     def subscriptions(self, model: Any) -> list[Subscription]:
         return [Subscription(point=_HIDDEN, access=Access.WRITE, layers=(20,))]
