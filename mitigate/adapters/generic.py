@@ -32,6 +32,9 @@ REMEDY = (
     " docs/contribute/add-a-model.md"
 )
 
+#: Names under which configurations keep the tokens that a chat template writes around a picture.
+FRAMES = tuple(f"{what}_{end}_token_id" for what in ("image", "vision") for end in ("start", "end"))
+
 
 class GenericAdapter(Adapter):
     """A family without an adapter of its own.
@@ -137,8 +140,9 @@ class GenericAdapter(Adapter):
     # ----------------------------------------------------------------------------------------------------- the layout
 
     def separators(self, model: PreTrainedModel, processor: ProcessorMixin | None) -> frozenset[int]:
-        """Return the added tokens that the processor puts in place of a picture, besides placeholders."""
-        return self.writing(processor).marks
+        """Return the added tokens that stand for a picture besides placeholders, and those the configuration names."""
+        named = (getattr(model.config, name, None) for name in FRAMES)
+        return self.writing(processor).marks.union(token for token in named if isinstance(token, int))
 
     def picture_facts(
         self, model: PreTrainedModel, inputs: Mapping[str, Any]
