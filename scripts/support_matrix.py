@@ -95,12 +95,15 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     for family in FAMILIES:
         for name, result in results.get(family, {}).items():
             if "refused" in result:
-                refused.setdefault(f"{name}: {result['refused']}", []).append(family)
+                refused.setdefault(result["refused"], []).append(family)
             for check, message in result.get("failed", {}).items():
-                refused.setdefault(f"{name} fails {check}: {message}", []).append(family)
+                refused.setdefault(f"`{name}` fails {check}: {message}", []).append(family)
     if refused:
         parts.append("## Why\n")
-        parts.append("".join(f"* {', '.join(f'`{one}`' for one in who)}: {why}\n" for why, who in refused.items()))
+        for why, who in refused.items():
+            where = "every family" if len(who) == len(FAMILIES) else ", ".join(f"`{family}`" for family in who)
+            parts.append(f"* {where}: {why}")
+        parts.append("")
     return "\n".join(parts)
 
 
