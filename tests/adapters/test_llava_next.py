@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoProcessor,
@@ -53,6 +53,7 @@ def kept(size):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(PROMPT, min_size=1, max_size=3))
+@example([([(0, (49, 147))], 1)])  # 49 * (6 / 147) is a little less than 2
 def test_layout_of_any_batch(prompts):
     inputs, _ = made(prompts)
     layout = layout_of(inputs)
@@ -112,31 +113,34 @@ def test_every_position_holds_its_patch():
     assert seen == len(SIZES)
 
 
-def test_frames_of_videos_are_pooled_rasters():
+@pytest.mark.parametrize("side", [4, 5])
+def test_frames_of_videos_are_pooled_rasters(side):
     old = build()[0].config
     model = LlavaNextVideoForConditionalGeneration(
         LlavaNextVideoConfig(
-            vision_config={**old.vision_config.to_dict(), "image_size": 16},
+            vision_config={**old.vision_config.to_dict(), "image_size": 4 * side},
             text_config=old.text_config,
             image_token_index=4,
             video_token_index=5,
-            image_grid_pinpoints=[[16, 32]],
+            image_grid_pinpoints=[[4 * side, 8 * side]],
         )
     )
-    row = [1, 5, 5, 5, 5, 5, 5, 5, 5, 7, *[4] * (16 + 4 * 9), 8, *[5] * 8, 9]
+    row = [1, 5, 5, 5, 5, 5, 5, 5, 5, 7, *[4] * (side * side + side * (2 * side + 1)), 8, *[5] * 8, 9]
     inputs = {
         "input_ids": torch.tensor([row]),
-        "pixel_values": torch.zeros(1, 3, 3, 16, 16),
-        "image_sizes": torch.tensor([[16, 32]]),
-        "pixel_values_videos": torch.randn(2, 2, 3, 16, 16, generator=torch.Generator()),
+        "pixel_values": torch.zeros(1, 3, 3, 4 * side, 4 * side),
+        "image_sizes": torch.tensor([[4 * side, 8 * side]]),
+        "pixel_values_videos": torch.randn(2, 2, 3, 4 * side, 4 * side, generator=torch.Generator()),
     }
     adapter = LlavaNextVideoAdapter()
     layout = adapter.layout(model, inputs["input_ids"], None, inputs)
     read = embedded(model, inputs, lambda shape: torch.arange(float(shape[0] * shape[1])).view(*shape[:2], 1))[0, :, 0]
     spans = layout.images[0]
     assert [(span.image, span.frame, span.grid) for span in spans] == [
-        (1, 0, (2, 2)), (1, 1, (2, 2)), (0, None, (4, 4)), (0, None, (4, 8)), (2, 0, (2, 2)), (2, 1, (2, 2)),
-    ]  # fmt: skip
+        *[(1, frame, (2, 2)) for frame in range(2)],
+        *[(0, None, (side, columns)) for columns in (side, 2 * side)],
+        *[(2, frame, (2, 2)) for frame in range(2)],
+    ]
     for number, span in enumerate([*spans[:2], *spans[4:]]):
         assert read[span.positions].tolist() == list(range(4 * number, 4 * number + 4))
     for image, count in zip(adapter.images(inputs, layout), (3, 2, 2), strict=True):

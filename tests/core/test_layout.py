@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mitigate.adapters.llava import LlavaAdapter
 from mitigate.core.layers import parse_layers
 from mitigate.core.layout import Role
-from mitigate.errors import ConfigError, UnsupportedModel
+from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
 from tests.references.tiny import IMAGE, make_inputs, tiny_llava
 
 PROMPT = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 5)).filter(lambda prompt: sum(prompt) > 0)
@@ -67,11 +67,44 @@ def test_patches_that_do_not_fill_the_picture_are_not_counted():
     assert span.grid == (4, 4)
 
 
-def test_unknown_tower_is_refused():
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_unknown_tower_is_refused(strategy):
     model = tiny_llava(seed=0)
-    model.config.vision_config = transformers.SiglipVisionConfig()
-    with pytest.raises(UnsupportedModel, match="siglip"):
-        LlavaAdapter().layout(model, torch.tensor([[1, IMAGE]]), None, {})
+    model.config.vision_feature_select_strategy = strategy
+    model.config.vision_config = transformers.Dinov2Config(image_size=24, patch_size=4)
+    with pytest.raises(UnsupportedModel, match="layout of a 'dinov2' tower is not known"):
+        LlavaAdapter().layout(model, torch.tensor([[1, *[IMAGE] * 36]]), None, {})
+
+
+def test_one_row_that_is_padded_on_the_right_is_refused():
+    ids = torch.tensor([[1, 7, 8], [1, 7, 0]])
+    with pytest.raises(LayoutError, match="padded on the right"):
+        LlavaAdapter().layout(_model(), ids, (ids != 0).long(), {})
+
+
+class Forgetful(LlavaAdapter):
+    """Overlooks pictures, and takes the token that also fills up prompts for a mark."""
+
+    def separators(self, model, processor):
+        return frozenset({0, 9})
+
+    def image_spans(self, row, batch):
+        return super().image_spans(row, batch) if batch.inputs else []
+
+
+def test_placeholders_that_an_adapter_overlooks_are_refused():
+    with pytest.raises(LayoutError, match="image tokens that belong to no picture"):
+        Forgetful().layout(_model(), torch.tensor([[1, 7, *[IMAGE] * 36, 8]]), None, {})
+
+
+def test_padding_is_no_mark_and_marks_are_where_a_picture_is():
+    ids = torch.tensor([[0, 0, 1, 9, *[IMAGE] * 36, 9, 0, 8]])
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    layout = Forgetful().layout(_model(), ids, mask, {"pixel_values": torch.zeros(1, 3, 24, 24)})
+    roles = [Role.PAD] * 2 + [Role.SYSTEM, Role.SEPARATOR] + [Role.IMAGE] * 36 + [Role.SEPARATOR] * 2 + [Role.PROMPT]
+    assert layout.roles[0].tolist() == roles
+    assert layout.images[0][0].stop == 42
 
 
 def test_expansion_repeats_rows():
