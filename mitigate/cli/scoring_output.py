@@ -48,8 +48,6 @@ Examples
 Exit codes: 0 scored, 2 something to fix in the command, the answers or the data (file and line are named).
 """
 
-_EXAMPLE_FIELDS = ("id", "text")
-
 
 def benchmark_help(name: str, plugin: type[Benchmark]) -> str:
     """Return the help of ``mitigate score NAME``: what its ids look like, which files and parameters it has."""

@@ -22,13 +22,6 @@ def predicting_rows(model: ModelFacts) -> Subscription:
     )
 
 
-def image_weights(event: AttentionProbs) -> Tensor:
-    """Return the last row's attention to image tokens, zero elsewhere, ``[B, H, K]``."""
-    row = event.probs[:, :, -1].detach()
-    mask = event.layout.image_mask[:, : row.shape[-1]].to(row.device)
-    return row * mask[:, None]
-
-
 def image_tokens(event: Event) -> Tensor:
     """Return the number of image tokens per request row, ``[B]``."""
     return event.layout.image_mask.sum(1)
