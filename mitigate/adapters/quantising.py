@@ -70,6 +70,7 @@ def quantization_named(name: str) -> Quantization:
     found = QUANTIZATIONS[name]
     if find_spec(found.package) is None:
         raise ConfigError(
-            f"model.quantization={name} needs {found.package}, which is not installed: pip install {found.package}"
+            f"model.quantization={name} needs {found.package}, which is not installed:"
+            " pip install 'mitigate[quantized]'"
         )
     return found

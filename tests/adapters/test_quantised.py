@@ -87,7 +87,9 @@ def test_words_of_the_configuration() -> None:
 @pytest.mark.parametrize(("word", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
 def test_a_package_that_is_not_there(word: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mitigate.adapters.quantising.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"needs {package}, which is not installed: pip install {package}"):
+    with pytest.raises(
+        ConfigError, match=rf"needs {package}, which is not installed: pip install 'mitigate\[quantized\]'"
+    ):
         load_model("testbed", quantization=word)
 
 
