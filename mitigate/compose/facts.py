@@ -48,11 +48,13 @@ def _read_geometry(path: str) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         text = config.get("text_config", config)
         heads = text.get("num_attention_heads")
-        return {
-            "family": config.get("model_type"),
+        numbers = {
             "layers": text.get("num_hidden_layers"),
             "heads": heads,
             "kv_heads": text.get("num_key_value_heads") or heads,
         }
-    except (json.JSONDecodeError, AttributeError) as error:
+        if wrong := [f"{key} is {value!r}" for key, value in numbers.items() if not isinstance(value, int | None)]:
+            raise ValueError(wrong[0])
+        return {"family": config.get("model_type"), **numbers}
+    except (ValueError, AttributeError) as error:
         raise ConfigError(f"{file} is no model configuration ({error}); point model.path at a checkpoint") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mitigate.compose import compose_comparison, compose_comparison_sweep, compose_run, compose_sweep
@@ -141,6 +143,13 @@ def test_a_method_that_needs_the_testbed_on_another_model() -> None:
     with pytest.raises(ConfigError, match=r"control_probe works on model=testbed only.*choose model=testbed"):
         compose_run(["stack=control_probe", "model=llava-1.5-7b"])
     assert list(compose_run(["stack=control_probe"]).methods) == ["control_probe"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"text_config": {"num_hidden_layers": "four"}}'])
+def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json is no model configuration \("):
+        compose_run(["model=hf", f"model.path={tmp_path}", "stack=scr"])
 
 
 def test_all_devices_of_a_cpu() -> None:
