@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
-from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
+from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel, described
 from mitigate.hubcache import cached_instead, download_command
 
 #: Packages some processors and some quantised checkpoints need, as their errors spell them.
@@ -32,6 +33,8 @@ def explain(error: Exception, path: str, *, local: bool, asked: Mapping[str, Any
     """
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
+    if "scaled_dot_product_attention" in reason:
+        return ConfigError(f"{path!r}: its family has no attention of kind sdpa; use model.attn_implementation=eager")
     if "attn_implementation" in reason or "FlashAttention" in reason:
         return ConfigError(
             f"model.attn_implementation={asked['attn_implementation']} cannot be used: it is unknown to transformers"
@@ -89,7 +92,12 @@ def _files(error: Exception, path: str, reason: str) -> MitigateError:
     if isinstance(error, ValueError):
         return UnsupportedModel(f"{path!r} is no vision-language model transformers can load: {reason}")
     if isinstance(error, OSError):
-        return DataError(f"cannot load model {path!r}: {reason}")
+        return DataError(f"cannot load model {path!r}: {reason}\ncopy the folder again, with all its files")
+    if isinstance(error, TypeError | LookupError | AttributeError | StrictDataclassError):
+        return DataError(
+            f"cannot load model {path!r}: {described(error)}\n"
+            "a value in config.json or in the processor's files is missing or of the wrong kind: copy them again"
+        )
     return DataError(
         f"cannot load the weights of {path!r}: {reason}; the safetensors are damaged, incomplete or not those of its "
         f"config.json: copy them again"

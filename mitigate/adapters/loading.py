@@ -17,16 +17,25 @@ import torch
 from mitigate.adapters.base import Adapter
 from mitigate.adapters.explaining import explain
 from mitigate.adapters.generic import GenericAdapter
-from mitigate.adapters.placing import check_memory, device_arguments, needed_bytes, stored_numbers
+from mitigate.adapters.placing import (
+    check_devices,
+    check_memory,
+    check_parts,
+    device_arguments,
+    needed_bytes,
+    stored_numbers,
+)
 from mitigate.adapters.quantising import quantization_named
 from mitigate.core.facts import ModelFacts
-from mitigate.errors import DataError, LayoutError, UnsupportedModel
+from mitigate.errors import ConfigError, DataError, LayoutError, UnsupportedModel, described
 from mitigate.registry import adapters
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+#: What transformers raises on files that are missing, damaged or of another kind.
+_REFUSALS = (OSError, ValueError, ImportError, RuntimeError, MemoryError, TypeError, LookupError, AttributeError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,6 +127,7 @@ def load_model(
     UnsupportedModel
         If it is no vision-language model transformers or an adapter knows.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from mitigate.adapters.processors import load_processor
@@ -127,8 +137,11 @@ def load_model(
     kind = DTYPES[dtype]
     stored_as = None if quantization is None else quantization_named(quantization)
     arguments = device_arguments(device_map, max_memory, offload_folder)
+    check_devices(arguments)
     folder = _testbed() if path == "testbed" else path
     local = _is_local(folder)
+    if local and revision is not None:
+        raise ConfigError(f"model.revision={revision} has no effect on a local folder ({path}); leave it out")
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not local:
         common["local_files_only"] = not _hub_can_be_reached()
@@ -150,32 +163,42 @@ def load_model(
             if stored_as is not None:
                 arguments["quantization_config"] = stored_as.config(kind)
             model = _weights(folder, path, dtype=kind, attn_implementation=attn_implementation, **arguments, **common)
-    except (OSError, ValueError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (*_REFUSALS, StrictDataclassError, SafetensorError) as error:
         raise explain(error, path, local=local, asked=asked) from error
+    check_parts(model, arguments["device_map"])
     model = model.eval()
     adapter = adapter_for(model, processor)
     loaded = LoadedModel(model, processor, adapter, adapter.facts(model))
-    if chat_template is not None:
-        _check_template(loaded)
+    _check_processor(loaded, path, template=chat_template is not None)
     return loaded
 
 
-def _check_template(loaded: LoadedModel) -> None:
-    """Ask about a picture in the words of the template that was given.
+def _check_processor(loaded: LoadedModel, path: str, *, template: bool) -> None:
+    """Ask about a picture, in the words of the template that was given if there is one (``template``).
 
     Raises
     ------
     DataError
-        If the template writes pictures otherwise than the processor wants them, or not at all.
+        If the processor cannot answer, or writes pictures otherwise than the model wants them.
     """
     from PIL import Image
 
     try:
         inputs = loaded.inputs(["ABC"], [[Image.new("RGB", (64, 64))]])
-        loaded.adapter.layout(loaded.model, inputs["input_ids"], inputs["attention_mask"], inputs, loaded.processor)
-    except (ValueError, LayoutError) as error:
+        if template or not isinstance(loaded.adapter, GenericAdapter):
+            loaded.adapter.layout(loaded.model, inputs["input_ids"], inputs["attention_mask"], inputs, loaded.processor)
+    except ConfigError:
+        pass  # no chat template: said when a question is asked, prompts of one's own need none
+    except (*_REFUSALS, LayoutError) as error:
+        if template:
+            raise DataError(
+                f"model.chat_template does not write a picture as the processor of {loaded.facts.family} wants it:"
+                f" {error}"
+            ) from error
         raise DataError(
-            f"model.chat_template does not write a picture as the processor of {loaded.facts.family} wants it: {error}"
+            f"the processor of {path!r} cannot be used with its model; asked about one picture, it ends with"
+            f" {described(error)}\n"
+            "its files are incomplete, of another model or of an old transformers: complete them beside the weights"
         ) from error
 
 

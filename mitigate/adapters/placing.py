@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ def device_arguments(
     Raises
     ------
     ConfigError
-        If the map is unknown, or what only a map uses is given without one.
+        If the map is unknown or names what is no device, an amount of memory is none, the folder cannot be made, or
+        what only a map uses is given without one.
     """
     if device_map is None:
         for name, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
@@ -45,17 +48,83 @@ def device_arguments(
         )
     arguments: dict[str, Any] = {"device_map": device_map}
     if isinstance(device_map, Mapping):
-        arguments["device_map"] = {str(part): _device(device) for part, device in device_map.items()}
+        if not device_map:
+            raise ConfigError("model.device_map={} names no part; use null for one device, or a mapping {PART: DEVICE}")
+        arguments["device_map"] = {str(part): _device(device, "device_map") for part, device in device_map.items()}
     if max_memory:
-        arguments["max_memory"] = {_device(device): limit for device, limit in max_memory.items()}
+        arguments["max_memory"] = {_device(device, "max_memory"): _size(limit) for device, limit in max_memory.items()}
     if offload_folder:
-        arguments["offload_folder"] = str(Path(offload_folder).expanduser())
+        folder = Path(offload_folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"model.offload_folder={offload_folder} cannot be made: {error.strerror}; name another"
+            ) from error
+        arguments["offload_folder"] = str(folder)
     return arguments
 
 
-def _device(name: Any) -> Any:
+def _device(name: Any, key: str) -> Any:
     """Return a device as accelerate knows it: a GPU is its number."""
-    return int(name) if str(name).isdecimal() else name
+    if str(name).isdecimal():
+        return int(name)
+    if name in ("cpu", "disk", "mps") or re.fullmatch(r"cuda(:\d+)?", str(name)):
+        return name
+    raise ConfigError(f"model.{key}: {name} is no device; use the number of a GPU, cpu, mps or disk")
+
+
+def _size(limit: Any) -> int | str:
+    """Check an amount of memory as accelerate reads it."""
+    from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
+
+    with suppress(ValueError):
+        if isinstance(limit, int | str) and convert_file_size_to_int(limit) >= 0:
+            return limit
+    raise ConfigError(f"model.max_memory: {limit} is no amount of memory; use bytes, or text such as 20GB")
+
+
+def check_devices(arguments: Mapping[str, Any]) -> None:
+    """Refuse GPUs that are not there.
+
+    Parameters
+    ----------
+    arguments
+        What `device_arguments` has made.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first one.
+    """
+    chosen = arguments.get("device_map")
+    named = {
+        "device_map": chosen.values() if isinstance(chosen, Mapping) else (),
+        "max_memory": arguments.get("max_memory", {}),
+    }
+    found = torch.accelerator.device_count()
+    for key, devices in named.items():
+        for device in devices:
+            number = "0" if device == "cuda" else str(device).removeprefix("cuda:")
+            if number.isdecimal() and int(number) >= found:
+                raise ConfigError(f"model.{key}: torch sees {found} GPUs on this machine, and none is number {number}")
+
+
+def check_parts(model: PreTrainedModel, device_map: Any) -> None:
+    """Refuse a device map with parts that a model does not have: nothing would come of them.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first one, and what there is.
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    modules = dict(model.named_modules())
+    for part in device_map:
+        if part not in modules and part not in {**dict(model.named_parameters()), **dict(model.named_buffers())}:
+            parts = ", ".join(name for name in modules if name and name.count(".") <= 1)
+            raise ConfigError(f"model.device_map: the model has no part {part}; it has {parts} and what is in these")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -62,6 +63,14 @@ def without(*names: str) -> Callable[[Path], None]:
     return remove
 
 
+def changed(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return change
+
+
 def cut(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
@@ -81,6 +90,18 @@ def cut(folder: Path) -> None:
         (without("tokenizer.json", "tokenizer_config.json"), DataError, "processor of .*copy them beside the weights"),
         (lambda folder: (folder / "config.json").write_text(json.dumps(TEXT_MODEL)), UnsupportedModel, "text model"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "foo"}'), UnsupportedModel, "`foo`"),
+        (
+            changed("processor_config.json", patch_size=None),
+            DataError,
+            "asked about one picture.* TypeError: .*\nits fi",
+        ),
+        (
+            changed("processor_config.json", num_additional_image_tokens=0),
+            DataError,
+            "tokens in a row, but llava makes",
+        ),
+        (changed("tokenizer_config.json", pad_token=None), DataError, "asked about one picture.* padding token"),
+        (changed("config.json", text_config={"hidden_size": "x"}), DataError, "load model .*expected int, got str"),
     ],
 )
 def test_a_damaged_folder(folder: Path, damage: Callable[[Path], None], kind: type, message: str) -> None:
@@ -100,6 +121,11 @@ def test_the_attention_implementation_is_to_blame(name: str) -> None:
 def test_a_folder_that_is_not_there(path: str) -> None:
     with pytest.raises(DataError, match="there is no such folder"):
         load_model(path)
+
+
+def test_a_folder_has_no_revisions() -> None:
+    with pytest.raises(ConfigError, match=r"model.revision=abc has no effect on a local folder"):
+        load_model(str(checkpoint_path()), revision="abc")
 
 
 def test_a_hub_id_without_a_hub(
@@ -244,6 +270,7 @@ ASKED = {"attn_implementation": "sdpa", "device_map": None, "quantization": None
         (answer(403), "is gated\naccept its licence"),
         (answer(401, RepositoryNotFoundError), "no such model, or it is private\ncheck model.path, or .*hf auth login"),
         (answer(404, RevisionNotFoundError), "no such revision; correct model.revision"),
+        (ValueError("X does not support torch.nn.functional.scaled_dot_product_attention yet"), "implementation=eager"),
         (ValueError("x contains custom code; pass `trust_remote_code=True`"), "read that code, then set model.trust_"),
         (ImportError("Using bitsandbytes needs it"), "needs bitsandbytes, which is not installed: pip install bits"),
         (ImportError("\nXImageProcessor requires the Torchvision library"), "needs torchvision, .*pip install torch"),

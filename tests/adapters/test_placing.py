@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 from mitigate import Stack
 from mitigate.adapters import LoadedModel, load_model
-from mitigate.adapters.placing import device_arguments, free_bytes, input_device, needed_bytes, stored_numbers
+from mitigate.adapters.placing import (
+    check_devices,
+    device_arguments,
+    free_bytes,
+    input_device,
+    needed_bytes,
+    stored_numbers,
+)
 from mitigate.compose import compose_run
 from mitigate.core.differentiable import check_gradients
 from mitigate.errors import ConfigError
@@ -69,6 +76,13 @@ def test_a_whole_model_is_not_divided(whole: LoadedModel) -> None:
         (("foo", None, None), "model.device_map=foo is unknown; use auto, balanced, sequential or a mapping"),
         ((None, {"cpu": "1GB"}, None), "model.max_memory=.* has no effect without model.device_map"),
         ((None, None, "x"), "model.offload_folder=x has no effect without model.device_map"),
+        (({}, None, None), "model.device_map={} names no part"),
+        (({"lm_head": "meta"}, None, None), "model.device_map: meta is no device; use the number of a GPU, cpu"),
+        (({"lm_head": [1]}, None, None), r"model.device_map: \[1\] is no device"),
+        (("auto", {"banana": "1GB"}, None), "model.max_memory: banana is no device"),
+        (("auto", {"cpu": "-1GB"}, None), "model.max_memory: -1GB is no amount of memory; use bytes, or text such as"),
+        (("auto", {"cpu": None}, None), "model.max_memory: None is no amount"),
+        (("auto", None, f"{__file__}/x"), "model.offload_folder=.*/x cannot be made: Not a directory; name another"),
     ],
 )
 def test_device_maps_that_are_refused(arguments: tuple[Any, Any, Any], message: str) -> None:
@@ -86,6 +100,25 @@ def test_a_map_that_does_not_fit_the_model() -> None:
         ConfigError, match=r"model.device_map=.* does not work for 'testbed'.*\nuse model.device_map=auto"
     ):
         load_model("testbed", device_map={"": "cpu", "lm_head": "disk"})
+    with pytest.raises(ConfigError, match=r"the model has no part language_model; it has model, model.vision_tower, "):
+        load_model("testbed", device_map={"": "cpu", "language_model": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        ({"device_map": {"lm_head": 0, "": "cpu"}}, 0),
+        ({"device_map": {"lm_head": "cuda", "": "cpu"}}, 0),
+        ({"device_map": {"lm_head": "cuda:2", "": "cpu"}}, 2),
+        ({"device_map": "auto", "max_memory": {1: "1GB", "cpu": "1GB"}}, 1),
+    ],
+)
+def test_gpus_that_are_not_there(arguments: dict[str, Any], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: number + 1)
+    check_devices(arguments)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: number)
+    with pytest.raises(ConfigError, match=f"torch sees {number} GPUs on this machine, and none is number {number}"):
+        check_devices(arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
