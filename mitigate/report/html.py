@@ -10,6 +10,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from mitigate.report.tables import (
 from mitigate.runner.table import footnotes, number, resampled, size
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from mitigate.benchmarks.base import Benchmark
 
 
@@ -68,22 +71,13 @@ def render(
     judges
         Who graded the answers of which stack.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("mitigate.report", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
     album = Album({}, {}) if benchmark is None else collect(benchmark, (sample.record for sample in choice.shown))
     sheets = _sheets(choice, album)
     numbered = [sample for sheet in sheets for _, sample in sheet.samples]
     style, script = _part("style.css"), _part("browser.js")
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         c=comparison,
         title=title or comparison["name"],
         size=size(comparison),
@@ -111,6 +105,22 @@ def render(
         script=Markup(script),
         policy=_policy(style, script),
     )
+
+
+@cache
+def _template() -> Template:
+    """Return the page's template; compiling it takes longer than filling it in."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mitigate.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template("page.html.j2")
 
 
 def _part(name: str) -> str:
