@@ -127,6 +127,19 @@ class GenericAdapter(Adapter):
             raise self._unknown("the output projection of the attention")
         return cast(nn.Module, module)
 
+    def output_norm(self, layer: Any) -> nn.Module | None:
+        """Return the norm on what attention adds, if there is one.
+
+        Raises
+        ------
+        UnsupportedModel
+            If a block does something else with its attention's output before adding it: gates it, scales it.
+        """
+        norm = super().output_norm(layer)
+        if not _plain_addition(layer, self.attention(layer), norm):
+            raise self._unknown("what its blocks do with the output of attention before they add it")
+        return norm
+
     def mlp(self, layer: Any) -> nn.Module:
         """Return ``mlp``; raises `UnsupportedModel` if there is none, or one with experts."""
         module = getattr(layer, "mlp", None)
@@ -318,15 +331,36 @@ def _bidirectional(model: PreTrainedModel) -> bool:
 
 def _plain_logits(model: PreTrainedModel) -> bool:
     """Whether the forward returns the unembedding's output as it is: it is named once, and by nothing else."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
-    except (OSError, TypeError, SyntaxError):
+    made = [value for name, value in _assigned(type(model)) if name == "logits"]
+    return len(made) == 1 and made[0].startswith("self.lm_head(")
+
+
+def _plain_addition(layer: nn.Module, attention: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether what attention returns is projected and added, at most through the norm, and nothing else is done."""
+    made = [value for name, value in _assigned(type(attention)) if name == "attn_output"]
+    if not made or not made[0].startswith("attention_interface(") or made[-1] != "self.o_proj(attn_output)":
         return False
-    made = [
-        node
-        for node in ast.walk(body)
-        if isinstance(node, ast.Assign | ast.AugAssign)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name) and target.id == "logits"
-    ]
-    return len(made) == 1 and ast.unparse(made[0].value).startswith("self.lm_head(")
+    if not all(value.startswith("attn_output.reshape(") for value in made[1:-1]):
+        return False
+    values = [value for _, value in _assigned(type(layer))]
+    place = next((place for place, value in enumerate(values) if value.startswith("self.self_attn(")), len(values))
+    through = [f"self.{name}(hidden_states)" for name, module in layer.named_children() if module is norm]
+    *first, added = values[place + 1 :][: len(through) + 1] or [""]
+    return first == through and added in ("residual + hidden_states", "hidden_states + residual")
+
+
+def _assigned(kind: type) -> list[tuple[str, str]]:
+    """Return ``(name, value)`` of every assignment in a class's forward, in the order they are written."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cast(Any, kind).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    found = []
+    for node in ast.walk(body):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            first = [target.elts[0] if isinstance(target, ast.Tuple) else target for target in targets]
+            names = [target.id for target in first if isinstance(target, ast.Name)]
+            mark = "" if isinstance(node, ast.Assign) else "+= "  # no plain value, whatever the operator
+            found += [(node.lineno, name, mark + ast.unparse(node.value)) for name in names]
+    return [(name, value) for _, name, value in sorted(found)]

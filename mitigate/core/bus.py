@@ -88,8 +88,9 @@ class HookBus:
         self.request: Request | None = None
         self.last_request: Request | None = None
         self._layers = list(adapter.decoder_layers(model))
-        direct = any(item.subscription.access is Access.DIRECT for item in self.bound)
-        self.direct = DirectPath(model, adapter) if direct else None
+        asked = [item.subscription for item in self.bound if item.subscription.access is Access.DIRECT]
+        direct = {layer for subscription in asked for layer in subscription.layers}
+        self.direct = DirectPath(model, adapter, direct) if asked else None
         self._points: AttentionPoints | None = None
         self._forward_names = list(inspect.signature(type(self.entry).forward).parameters)[1:]
         self._diagnosing = False

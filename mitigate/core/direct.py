@@ -7,7 +7,7 @@ approximates the exact gradient; it costs two matrix-vector products per step an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -32,15 +32,18 @@ class DirectPath:
         The whole vision-language model.
     adapter
         Knows its parts.
+    wanted
+        The layers whose attention is asked about; all by default.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
-        layers = list(adapter.decoder_layers(model))
-        self._projections = [adapter.output_projection(layer) for layer in layers]
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, wanted: Collection[int] | None = None) -> None:
+        blocks = enumerate(adapter.decoder_layers(model))
+        layers = {index: layer for index, layer in blocks if wanted is None or index in wanted}
+        self._projections = {index: adapter.output_projection(layer) for index, layer in layers.items()}
         self._unembedding: nn.Module = adapter.unembedding(model)
         #: Norms on the path by layer; the last one, under -1, is the norm before the unembedding.
         self._norms = {-1: adapter.final_norm(model)}
-        self._norms |= {index: norm for index, layer in enumerate(layers) if (norm := adapter.output_norm(layer))}
+        self._norms |= {index: norm for index, layer in layers.items() if (norm := adapter.output_norm(layer))}
         self._finish = partial(adapter.logits, model)
         self._dense: dict[int, Tensor] = {}
         self._normed: dict[int, tuple[Tensor, Tensor]] = {}

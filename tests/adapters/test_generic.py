@@ -25,6 +25,8 @@ from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vProcessor,
+    HyperCLOVAXConfig,
+    HyperCLOVAXModel,
     LlamaConfig,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -33,6 +35,8 @@ from transformers import (
     MllamaForConditionalGeneration,
     PixtralVisionConfig,
     ProcessorMixin,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     SiglipVisionConfig,
 )
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
@@ -44,6 +48,7 @@ from mitigate.adapters import adapter_for
 from mitigate.adapters.generic import GenericAdapter
 from mitigate.adapters.processors import pictures_only
 from mitigate.core import Access, Fidelity, Method, Point, Subscription, Tags
+from mitigate.core.direct import DirectPath
 from mitigate.core.roles import Role
 from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
@@ -375,6 +380,39 @@ def test_a_decoder_that_looks_at_pictures_from_aside() -> None:
         model = MllamaForConditionalGeneration(config)
     with pytest.raises(UnsupportedModel, match=r"'mllama', and layer 1 .*cross-attention.*\n.*mitigate.models"):
         adapter_for(model)
+
+
+def gated() -> Any:
+    """A gate between attention and its projection; only the second and the fourth block have attention."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+    kinds = ["linear_attention", "full_attention"] * 2
+    text = {**TEXT, "vocab_size": 64, "num_hidden_layers": 4, "rope_parameters": rope, "layer_types": kinds}
+    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH}
+    with torch.device("meta"):
+        return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=4))
+
+
+def scaled() -> Any:
+    """What attention adds is multiplied by a number."""
+    model, _ = deepseek_vl()
+    model.model.language_model = HyperCLOVAXModel(HyperCLOVAXConfig(**TEXT, vocab_size=64, residual_multiplier=0.5))
+    model.config.text_config = model.model.language_model.config
+    return model
+
+
+@pytest.mark.parametrize("build", [gated, scaled])
+def test_a_direct_path_with_something_on_it_is_refused(build: Callable[[], Any]) -> None:
+    model = build()
+    with pytest.raises(UnsupportedModel, match="with the output of attention before they add it is not known"):
+        DirectPath(model, GenericAdapter(model), {1})
+
+
+@pytest.mark.parametrize("family", ["deepseek_vl", "mistral3", "glm4v"])
+def test_a_direct_path_as_most_decoders_have_it(family: str) -> None:
+    model, processor = FAMILIES[family]()
+    norm = GenericAdapter(model, processor).output_norm(model.get_decoder().layers[1])
+    assert (norm is None) == (family != "glm4v")
+    assert DirectPath(model, GenericAdapter(model, processor), {1})
 
 
 def test_a_configuration_without_placeholders() -> None:
