@@ -117,9 +117,11 @@ def _out_of_memory(error: Exception, path: str) -> MitigateError | None:
 def _hub(error: Exception, path: str, revision: str | None) -> MitigateError | None:
     """Explain a hub that says no, or says nothing."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
 
     causes = list(_causes(error))
+    if any(isinstance(cause, HFValidationError) for cause in causes):
+        return DataError(f"model.path={path}: there is no such folder, and it is no hub id such as owner/name")
     status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in str(error) or 403 in status:
         return DataError(

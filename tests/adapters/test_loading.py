@@ -117,7 +117,7 @@ def test_the_attention_implementation_is_to_blame(name: str) -> None:
         load_model("testbed", attn_implementation=name)
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nowhere/", "a/b/c"])
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nowhere/", "a/b/c", "a/b c", "a/b--c"])
 def test_a_folder_that_is_not_there(path: str) -> None:
     with pytest.raises(DataError, match="there is no such folder"):
         load_model(path)
