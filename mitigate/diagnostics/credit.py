@@ -23,6 +23,7 @@ from mitigate.core import (
 )
 from mitigate.core.layout import Role, TokenLayout
 from mitigate.diagnostics.base import Context, Diagnostic, Findings, Measures, SampleRows, TokenRow
+from mitigate.diagnostics.observe import patches
 from mitigate.diagnostics.places import whole_raster
 from mitigate.lazy import torch
 from mitigate.ops.entropy import restricted_entropy
@@ -84,7 +85,7 @@ class CreditObserver(Method):
     def on_hidden_states(self, event: HiddenStates, state: MethodState) -> None:
         """Sum the norms of the visual tokens of this forward, ``[B]`` per layer."""
         stop = event.start + event.hidden.shape[1]
-        mask = event.layout.image_mask[:, event.start : stop].to(event.hidden.device)
+        mask = patches(event.layout, state)[:, event.start : stop].to(event.hidden.device)
         norms = torch.linalg.vector_norm(event.hidden.detach().float(), dim=-1)
         sums = state.get("norms", {})
         sums[event.layer] = sums.get(event.layer, 0.0) + torch.where(mask, norms, 0.0).sum(1)
@@ -190,12 +191,13 @@ class Credit(Diagnostic):
 def _seen(state: MethodState, row: int) -> dict[str, Any]:
     """Return entropy, number of image tokens and mean norm per layer of one request row."""
     layout: TokenLayout = state.layout
-    keys = layout.image_mask[row, : layout.prompt_length].cpu()
+    keys = patches(layout, state)[row].cpu()
     count = int(keys.sum())
     if count == 0:
         return {"entropy": None, "image_tokens": 0, "norms": []}
     entropy = None
-    if (attention := state.get("attention")) is not None:
+    attention = state.get("attention")
+    if attention is not None and bool(attention[row][keys.to(attention.device)].any()):  # else nobody saw the picture
         entropy = float(restricted_entropy(attention[row].cpu().double(), keys))
     norms = [float(state.norms[layer][row]) / count for layer in sorted(state.norms)]
     return {"entropy": entropy, "image_tokens": count, "norms": norms}

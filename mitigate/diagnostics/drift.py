@@ -13,7 +13,7 @@ import numpy as np
 from mitigate.core import AttentionProbs, Fidelity, Method, MethodState, ModelFacts, Point, Subscription, Tags
 from mitigate.diagnostics.base import Context, Diagnostic, Findings, Measures, SampleRows, TokenRow
 from mitigate.diagnostics.labels import Label
-from mitigate.diagnostics.observe import note, noted, per_step, predicting_rows
+from mitigate.diagnostics.observe import note, noted, per_step, predicting_rows, seen_patches
 from mitigate.diagnostics.places import coverage, whole_raster
 from mitigate.lazy import torch
 from mitigate.ops.depth import Windows, layer_windows
@@ -57,9 +57,9 @@ class DriftObserver(Method):
         """Collect the layer's map; after the last layer, compare all of them."""
         prompt = event.layout.prompt_length
         weights = event.probs[:, :, -1, :prompt].detach()
-        keys = event.layout.image_mask[:, None, :prompt].to(weights.device)
+        keys = seen_patches(event, state)[:, None]
         maps, mass = restricted(weights, keys)
-        maps = torch.where(keys.any(-1, keepdim=True), maps, torch.nan)  # no picture, nothing to compare
+        maps = torch.where(keys.any(-1, keepdim=True), maps, torch.nan)  # no picture in sight, nothing to compare
         if event.layer == 0:
             state.maps = []
         state.maps.append(pooled(maps, torch.ones_like(mass)))
@@ -68,7 +68,8 @@ class DriftObserver(Method):
 
     def _compare(self, event: AttentionProbs, state: MethodState, maps: Tensor) -> None:
         """Keep the similarities of maps ``[B, L, P]``; all of them under the last layer's event, ``[B, L]``."""
-        noise, anchors = (maps[:, list(window)].mean(1, keepdim=True) for window in (self.early, self.middle))
+        # as in the method: layers without the picture in sight do not count; without any, nothing is known
+        noise, anchors = (maps[:, list(window)].nanmean(1, keepdim=True) for window in (self.early, self.middle))
         for name, similarity in SIMILARITIES.items():
             note(
                 state, event, **{f"{name}_noise": similarity(maps, noise), f"{name}_anchors": similarity(maps, anchors)}
@@ -148,7 +149,7 @@ class Drift(Diagnostic):
         mentions = []
         for place, piece in enumerate(context.pieces):
             boxes = context.boxes.get(piece.mention, ()) if piece.first and piece.label is Label.GROUNDED else ()
-            if boxes:
+            if boxes and not np.isnan(maps[place]).any():
                 measured = self._on_object(maps[place].astype(np.float64), coverage(boxes, span.grid or (1, 1)))
                 mentions.append({"position": place, "word": piece.mention, **measured})
         return {"objects": mentions}

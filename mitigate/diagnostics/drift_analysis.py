@@ -34,9 +34,9 @@ def analyse(rows: Sequence[TokenRow], windows: Windows, similarity: str, *, resa
     resamples
         Bootstrap resamples of the images.
     """
-    words = words_only(rows)
+    words, lost = stats.seeing(words_only(rows), f"{similarity}_noise", f"{similarity}_anchors")
     if not words:
-        return Findings(notes=["No word was generated: there is nothing to analyse."])
+        return Findings(notes=[*lost, "No word was generated after a picture: there is nothing to analyse."])
     labels = np.array([row.label.value for row in words])
     images = np.array([row.image_id for row in words])
     back = regression(words, windows, similarity)
@@ -67,7 +67,7 @@ def analyse(rows: Sequence[TokenRow], windows: Windows, similarity: str, *, resa
             for side in ("noise", "anchors")
         },
     }
-    notes = [
+    notes = lost + [
         f"Only {counts[label]} {label} words: the test says little; use more samples."
         for label in (Label.GROUNDED, Label.HALLUCINATED)
         if counts[label] < 20

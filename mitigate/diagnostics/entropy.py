@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from mitigate.core import AttentionProbs, Fidelity, Method, MethodState, ModelFacts, Point, Subscription, Tags
 from mitigate.diagnostics.base import Context, Diagnostic, Findings, Measures, TokenRow
-from mitigate.diagnostics.observe import note, noted, per_step, predicting_rows
+from mitigate.diagnostics.observe import note, noted, patches, per_step, predicting_rows, seen_patches
+from mitigate.lazy import torch
 from mitigate.ops.entropy import POOLS, key_mass, pooled_entropy
 
 
@@ -37,11 +38,13 @@ class EntropyObserver(Method):
     def on_attention_probs(self, event: AttentionProbs, state: MethodState) -> None:
         """Keep entropy ``[B]``, mean mass ``[B]`` and the heads below the mean mass ``[B, H]``."""
         weights = event.probs[:, :, -1:].detach()
-        keys = event.layout.image_mask[:, None, : weights.shape[-1]].to(weights.device)
+        keys = seen_patches(event, state)[:, None]
+        weights = weights[..., : keys.shape[-1]]
         mass = key_mass(weights, keys)[..., 0]
         mean = mass.mean(1)
         entropy = pooled_entropy(weights, keys, pool=self.pool)[:, 0]
-        tokens = keys[:, 0].sum(1)
+        tokens = patches(event.layout, state).sum(1).to(keys.device)
+        entropy = torch.where((tokens > 0) & ~keys[:, 0].any(-1), torch.nan, entropy)  # nothing of the picture in sight
         note(state, event, entropy=entropy, mass=mean, low=mass < mean[:, None], image_tokens=tokens)
 
 

@@ -35,13 +35,12 @@ def analyse(rows: Sequence[TokenRow], *, resamples: int) -> Findings:
     resamples
         Bootstrap resamples of the images.
     """
-    words = [row for row in words_only(rows) if row.measures["image_tokens"] > 0]
+    words, notes = stats.seeing([row for row in words_only(rows) if row.measures["image_tokens"] > 0], "entropy")
     if not words:
-        return Findings(notes=["No word was generated after a picture: there is nothing to analyse."])
+        return Findings(notes=[*notes, "No word was generated after a picture: there is nothing to analyse."])
     data = _Words(words, resamples)
     numbers = {**_separation(data), **_relation(data)}
     tables = [_by_type(data), _separation_table(numbers), _policies(data), _by_layer(data)]
-    notes = []
     counts = {label.value: int(data.of(label).sum()) for label in LABELS}
     for label in (Label.GROUNDED, Label.HALLUCINATED):
         if counts[label] < 20:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mitigate.core import Access, AttentionProbs, Event, MethodState, ModelFacts, Point, Rows, Subscription
+from mitigate.core import Access, AttentionProbs, MethodState, ModelFacts, Point, Rows, Subscription
 from mitigate.lazy import torch
+from mitigate.ops.sweep import picture_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mitigate.core.layout import TokenLayout
 
 
 def predicting_rows(model: ModelFacts) -> Subscription:
@@ -22,9 +25,16 @@ def predicting_rows(model: ModelFacts) -> Subscription:
     )
 
 
-def image_tokens(event: Event) -> Tensor:
-    """Return the number of image tokens per request row, ``[B]``."""
-    return event.layout.image_mask.sum(1)
+def patches(layout: TokenLayout, state: MethodState) -> Tensor:
+    """Mark the picture's patches in the prompt, ``[B, P]``: line breaks and class tokens are none."""
+    marks: Tensor = state.once("patches", layout.images, lambda: picture_groups(layout) >= 0)
+    return marks
+
+
+def seen_patches(event: AttentionProbs, state: MethodState) -> Tensor:
+    """Mark the patches that the last row can see in the event's layer, ``[B, P]``: a sliding window lets some go."""
+    keys = patches(event.layout, state).to(event.probs.device)[:, : event.probs.shape[-1]]
+    return keys if event.unseen is None else keys & ~event.unseen[:, 0, -1, : keys.shape[1]]
 
 
 def note(state: MethodState, event: AttentionProbs, **values: Tensor) -> None:

@@ -146,6 +146,14 @@ def matrix(rows: Sequence[Any], name: str) -> Array:
     return np.array([[np.nan if v is None else v for v in row.measures[name]] for row in rows], dtype=np.float64)
 
 
+def seeing(rows: Sequence[Any], *names: str) -> tuple[list[Any], list[str]]:
+    """Return the token rows whose per-layer measures are all known, and a sentence about the others where there are."""
+    known = [row for row in rows if not any(np.isnan(matrix([row], name)).any() for name in names)]
+    lost = len(rows) - len(known)
+    why = f"{lost} words do not count: in some layers they see nothing of a picture (a sliding window, or none came)."
+    return known, [why] if lost else []
+
+
 def _defined(values: ArrayLike, images: Sequence[str]) -> tuple[Array, list[str]]:
     numbers = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(numbers)
