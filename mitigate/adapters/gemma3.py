@@ -27,7 +27,8 @@ class Gemma3Adapter(Adapter):
     share its ``image``; the whole picture comes first, with ``thumbnail=True``. The crops lie in one row or in one
     column, and neither the tokens nor the inputs say which, so that their ``tile`` is ``None``. They are told from
     further pictures by the words the processor puts between them, for which a prompt with several rasters needs the
-    processor. Its blank lines around a raster and its words before the whole picture are text of the prompt.
+    processor; a picture that only a blank parts from the last crop before it reads like a crop and is taken for one.
+    The processor's blank lines around a raster and its words before the whole picture are text of the prompt.
 
     At the projector the features of a picture are those of its rasters one after the other; its pixels are
     ``[rasters, C, H, W]``.
