@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # what the processors write, without white space: tokenizers differ in how they give it back
 _WHOLE = "<global-img>"
 _TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
-_FRAME = re.compile(r"Framefrom\d\d:\d\d:")
+_FRAME = re.compile(r"Framefrom\d\d+:\d\d:")
 _FIRST_FRAME = re.compile(rf"Youareprovidedthefollowingseriesof.+framesfroma.+video\.{_FRAME.pattern}$")
 _BARELY = 1e-4
 

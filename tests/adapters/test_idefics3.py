@@ -230,6 +230,15 @@ def test_frames_of_videos():
     assert "video" in bare
 
 
+def test_frames_of_a_video_of_two_hours():
+    model, processor = tiny("smolvlm")
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_tokens(["99", "59", "100"])
+    inputs = processor.tokenizer(video(processor, 2, first=99 * 60 + 59), return_tensors="pt")
+    layout = adapter_for(model).layout(model, inputs["input_ids"], inputs["attention_mask"], inputs, processor)
+    assert [(span.image, span.frame) for span in layout.images[0]] == [(0, 0), (0, 1)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_does_not_fit_is_refused(family):
     model, processor = tiny(family)
