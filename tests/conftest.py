@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from mitigate.registry import methods
+from tests.forking import Forks
 from tests.toys import Chooser, Toy
 
 # read by libraries when they are imported, so before any test module is
@@ -61,6 +62,14 @@ def fixed_seeds() -> None:
         torch.manual_seed(0)
         if torch.get_num_threads() != 1:
             torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Run commands in fresh processes that have the libraries loaded."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 @pytest.fixture

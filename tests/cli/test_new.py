@@ -16,6 +16,7 @@ import pytest
 from mitigate.cli import main
 from mitigate.errors import ConfigError
 from mitigate.scaffold import FILES, NewPackage
+from tests.forking import FORKED, Forks
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "mitigate" / "scaffold"
@@ -23,9 +24,8 @@ TEMPLATES = ROOT / "mitigate" / "scaffold"
 NAMES = ("a", "a_name_of_just_30_characters_x")
 
 
-def run(*command: str, folder: Path, site: Path | None = None) -> str:
-    path = os.pathsep.join([*([str(site)] if site else []), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+def run(*command: str, folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     environment.pop("MITIGATE_PLUGINS", None)
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -44,32 +44,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(folder: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package installed by pip."""
     target = tmp_path_factory.mktemp("site")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target))
-    run("pip", "install", *options, str(folder), folder=folder)
+    forks.run("pip", "install", *options, str(folder), folder=folder)
     return target
 
 
-def test_it_runs_in_a_stack_with_a_built_in_method(site: Path, tmp_path: Path) -> None:
+@FORKED
+def test_it_runs_in_a_stack_with_a_built_in_method(site: Path, forks: Forks, tmp_path: Path) -> None:
     small = ("benchmark.limit=2", "decoding.max_new_tokens=8", "tracker=none", f"runs_dir={tmp_path}")
-    assert "my_idea+locore" in run("mitigate", "run", "methods=[my_idea,locore]", *small, folder=tmp_path, site=site)
+    said = forks.run("mitigate", "run", "methods=[my_idea,locore]", *small, folder=tmp_path, path=[site])
+    assert "my_idea+locore" in said
 
 
+@FORKED
 @pytest.mark.parametrize(("preset", "expected"), [("", "stack mitigate_my_idea"), ("_locore", "my_idea → locore")])
-def test_its_presets_are_found(site: Path, preset: str, expected: str) -> None:
-    assert expected in run("mitigate", "plan", f"stack=mitigate_my_idea{preset}", folder=site, site=site)
+def test_its_presets_are_found(site: Path, forks: Forks, preset: str, expected: str) -> None:
+    assert expected in forks.run("mitigate", "plan", f"stack=mitigate_my_idea{preset}", folder=site, path=[site])
 
 
+@FORKED
 @pytest.mark.slow
-def test_it_conforms(site: Path) -> None:
-    run("mitigate", "check", "my_idea", folder=site, site=site)
+def test_it_conforms(site: Path, forks: Forks) -> None:
+    forks.run("mitigate", "check", "my_idea", folder=site, path=[site])
 
 
-def test_its_own_tests_pass(folder: Path, site: Path) -> None:
+@FORKED
+def test_its_own_tests_pass(folder: Path, site: Path, forks: Forks) -> None:
     """All but the conformance checks, which the test before this one runs."""
-    run("pytest", "-q", "-p", "no:cacheprovider", "-k", "not conforms", folder=folder, site=site)
+    forks.run("pytest", "-q", "-p", "no:cacheprovider", "-k", "not conforms", folder=folder, path=[site])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,6 +94,7 @@ def test_four_places_are_marked(folder: Path) -> None:
     assert [code.count(f"TODO {place}/4") for place in range(1, 6)] == [1, 1, 1, 1, 0]
 
 
+@FORKED
 def test_listing_it_imports_no_torch(site: Path) -> None:
     code = "import sys, mitigate_my_idea.my_idea; assert 'torch' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}

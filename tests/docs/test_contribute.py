@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,21 +19,12 @@ from mitigate.discovery import ENTRY_POINT_GROUPS
 from mitigate.scaffold import FILES, NewPackage
 from mitigate.testing.suite import catalogue
 from tests.docs.pages import DOCS, ROOT, Block, Session, blocks, source
+from tests.forking import FORKED, Forks
 from tests.references.tiny import make_inputs, tiny_llava
 from tests.test_readme import small
 
 FOLDER = DOCS / "contribute"
 ADD, OUTSIDE, TESTING = (FOLDER / name for name in ("add-a-method.md", "outside-package.md", "testing.md"))
-#: Runs commands one after the other, so that libraries are imported once.
-DRIVER = """
-import json, sys
-from mitigate.cli import main
-for words in json.loads(sys.argv[1]):
-    print("$", *words, flush=True)
-    if main(words):
-        sys.exit(1)
-"""
-
 #: What stands around the excerpt about a second stream.
 SECOND_STREAM = """
 from collections.abc import Sequence
@@ -67,55 +55,33 @@ class Reader:
     it does in an editable install.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.site, self.runs = folder, folder / "site", folder / "runs"
-        self.waiting: list[list[str]] = []
+    def __init__(self, folder: Path, forks: Forks) -> None:
+        self.folder, self.site, self.runs, self.forks = folder, folder / "site", folder / "runs", forks
         self.edited, self.said = False, ""
 
-    def python(self, *words: str, folder: Path | None = None) -> None:
-        path = os.pathsep.join(map(str, (self.folder / "src", self.site, ROOT)))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        environment.pop("MITIGATE_PLUGINS", None)
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=folder or self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        self.said += done.stdout
-        assert done.returncode == 0, f"{shlex.join(words)}\n{(done.stdout + done.stderr)[-3000:]}"
-
-    def catch_up(self) -> None:
-        """Run the `mitigate` commands read so far."""
-        if self.waiting:
-            self.python("-c", DRIVER, json.dumps(self.waiting))
-            self.waiting = []
+    def module(self, *words: str, folder: Path | None = None) -> None:
+        self.said += self.forks.run(*words, folder=folder or self.folder, path=(self.folder / "src", self.site))
 
     def command(self, line: str) -> None:
         words = shlex.split(line)
         if words[0] == "mitigate":
             as_written = words[1] == "check" and not self.edited  # tests/cli/test_new.py runs all checks on that
-            self.waiting.append([*small(line, self.runs)[1:], *(["--check", "check_handlers"] if as_written else [])])
-            return
-        self.catch_up()
-        if words[0] == "cd":
+            self.module("mitigate", *small(line, self.runs)[1:], *(["--check", "check_handlers"] if as_written else []))
+        elif words[0] == "cd":
             self.folder /= words[1]
         elif words[:3] == ["pip", "install", "-e"]:
             options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(self.site))
-            self.python("-m", "pip", "install", *options, ".")
+            self.module("pip", "install", *options, ".")
             for package in self.site.glob("mitigate_*/"):
                 if not package.name.endswith("-info"):
                     shutil.rmtree(package)
         elif words[0] == "pytest":  # `mitigate check`, just before, has run the conformance checks
-            self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not conforms")
+            self.module("pytest", "-q", "-p", "no:cacheprovider", "-k", "not conforms")
         elif words[0] == "ruff":
-            self.python("-m", *words, "--no-cache")
+            self.module(*words, "--no-cache")
         elif words[0] == "mypy":  # with the project's settings and cache, as strict as the package's
             packages = [str(path.parent) for path in self.folder.glob("src/*/__init__.py")]
-            self.python("-m", "mypy", "--strict", *packages, folder=ROOT)
+            self.module("mypy", "--strict", *packages, folder=ROOT)
         else:
             raise AssertionError(f"the page says {line!r}, which this test cannot follow")
 
@@ -127,16 +93,15 @@ class Reader:
                     for command in line.split(" && "):
                         self.command(command)
             elif target:
-                self.catch_up()
                 assert (self.folder / target).exists(), f"{target}: not a file of the package"
                 (self.folder / target).write_text(text)
                 self.edited = True
-        self.catch_up()
 
 
 @pytest.mark.slow
-def test_add_a_method_is_followed_literally(tmp_path: Path) -> None:
-    reader = Reader(tmp_path)
+@FORKED
+def test_add_a_method_is_followed_literally(tmp_path: Path, forks: Forks) -> None:
+    reader = Reader(tmp_path, forks)
     reader.follow(ADD)
     assert reader.said.count("vaf conforms") == 2, "the example as written, and the method"
     assert "reconstructed" in reader.said, "the plan tells the method's fidelity"
@@ -187,7 +152,8 @@ def test_outside_package_lists_the_groups_that_are_read() -> None:
     assert listed == list(ENTRY_POINT_GROUPS)
 
 
-def test_preset_and_tuned_values_are_read(tmp_path: Path) -> None:
+@FORKED
+def test_preset_and_tuned_values_are_read(tmp_path: Path, forks: Forks) -> None:
     """The YAML files of the page, in the package they are for."""
     NewPackage("my_method", "locore").write(tmp_path)
     conf = tmp_path / "src" / "mitigate_my_method" / "conf"
@@ -201,11 +167,11 @@ def test_preset_and_tuned_values_are_read(tmp_path: Path) -> None:
     groups = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["entry-points"]
     lines = [f"[{group}]\n{name} = {value}\n" for group, names in groups.items() for name, value in names.items()]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    reader = Reader(tmp_path)
-    chosen = ("methods=[my_method]", "stack=mitigate_my_method_strong")
-    reader.waiting = [["plan", "--json", choice, "model=llava-1.5-7b"] for choice in chosen]
-    reader.catch_up()
-    alone, strong = (json.loads(text.partition("\n")[2]) for text in reader.said.split("$ plan")[1:])
+    places, chosen = (tmp_path / "src", tmp_path / "site"), ("methods=[my_method]", "stack=mitigate_my_method_strong")
+    alone, strong = (
+        json.loads(forks.run("mitigate", "plan", "--json", choice, "model=llava-1.5-7b", folder=tmp_path, path=places))
+        for choice in chosen
+    )
     assert alone["config"]["methods"]["my_method"]["gain"] == 1.2
     assert alone["provenance"]["methods.my_method.gain"] == "model llava-1.5-7b (mitigate-my-method)"
     assert strong["config"]["methods"]["my_method"]["gain"] == 2.0
