@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mitigate.adapters.base import Adapter, runs
 from mitigate.adapters.spans import Batch
 from mitigate.core.layout import ImageSpan, Role, TokenLayout
-from mitigate.errors import LayoutError
+from mitigate.errors import LayoutError, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -61,10 +61,17 @@ class Idefics3Adapter(Adapter):
         return cast(nn.Module, model.model.connector)
 
     def features(self, output: Tensor, layout: TokenLayout) -> list[Tensor]:
-        """Divide ``[tiles of all pictures, N, D]`` into the tiles of every picture, one after another."""
+        """Divide ``[tiles of all pictures, N, D]`` into the tiles of every picture, one after another.
+
+        Raises
+        ------
+        UnsupportedModel
+            If a video precedes a picture: then pictures are not numbered in the order of their features.
+        """
         counts = _counts(layout)
-        tiles = dict(zip(counts, torch.split(output, list(counts.values())), strict=True))
-        return [tiles[image].flatten(0, 1) for image in sorted(tiles)]
+        if list(counts) != sorted(counts):
+            raise UnsupportedModel(f"{self.family}: features are not served where a video precedes a picture")
+        return [tiles.flatten(0, 1) for tiles in torch.split(output, list(counts.values()))]
 
     def joined(self, features: Sequence[Tensor], output: Tensor) -> Tensor:
         """Put the pictures' features one after another again."""

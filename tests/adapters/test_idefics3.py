@@ -225,6 +225,8 @@ def test_frames_of_videos():
     assert set(between.tolist()) == {Role.SEPARATOR}
     tiles = torch.rand(1, 8, 3, TILE, TILE)
     assert [len(image) for image in adapter.images({"pixel_values": tiles}, layout)] == [1, 1, 1, 3, 2]
+    with pytest.raises(UnsupportedModel, match="video precedes a picture"):
+        adapter.features(torch.zeros(8, SIDE * SIDE, 8), layout)
     bare = processor.tokenizer.decode(adapter.without_images(model, inputs["input_ids"][0], processor))
     assert "Frame" not in bare
     assert "video" in bare
@@ -259,6 +261,8 @@ def test_what_does_not_fit_is_refused(family):
         layout_of(family, given(processor.tokenizer("describe <image> dog", return_tensors="pt")["input_ids"]))
     with pytest.raises(LayoutError, match="bring 8 tiles, but the prompts hold the tokens of 11"):
         adapter.images({**inputs, "pixel_values": inputs["pixel_values"][1:]}, layout)
+    with pytest.raises(LayoutError, match="bring 8 tiles, but the prompts hold the tokens of 11"):
+        layout_of(family, {**inputs, "pixel_values": inputs["pixel_values"][1:]})
     with pytest.raises(UnsupportedModel, match="came encoded"):
         adapter.images({"mm_encoder_outputs": {}}, layout)
     with pytest.raises(ConfigError, match="attach with the processor"), Stack([]).attach(model) as handle:
