@@ -259,6 +259,8 @@ def test_other_words_before_a_picture_make_no_video():
     spans = layout_of({name: value for name, value in with_small.items() if value is not None}).images[0]
     assert all(span.frame is None for span in spans)
     assert {span.image for span in spans} == {0, 1}
+    after, _, _ = with_videos("<video> now Frame2: <picture>", [1], [picture(20, 20)])
+    assert [(span.image, span.frame) for span in layout_of(after).images[0]] == [(1, 0), (0, None)]
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -14,11 +15,13 @@ from PIL import Image
 
 from mitigate.adapters.paligemma import PaliGemmaAdapter
 from mitigate.core import Access, Point, Rows, Subscription
+from mitigate.core.direct import DirectPath
 from mitigate.core.layout import Role
 from mitigate.core.stack import Stack
 from mitigate.errors import LayoutError
 from mitigate.testing.tiny_paligemma import build, build_2
 from tests.adapters import merged
+from tests.adapters.test_families import Lens
 from tests.core.test_points import Probe
 
 SIDE, PATCH = 5, 4
@@ -195,3 +198,30 @@ def test_weights_are_those_of_capped_scores() -> None:
         torch.testing.assert_close(event.probs.transpose(1, 2)[rows], expected, rtol=0, atol=1e-6)
         ahead = event.probs[0].triu(1)
         assert bool((ahead > 0).any())  # prompt tokens see what follows them
+
+
+def test_the_cap_of_logits_is_theirs_for_the_lens_and_on_the_direct_path() -> None:
+    model, processor = tiny(build_2)
+    seen: list[torch.Tensor] = []
+    lens = Lens(
+        subscription=Subscription(point=Point.LOGIT_LENS, layers=(3,)), function=lambda event: seen.append(event.logits)
+    )
+    found = served(model, processor, lens, batch(build_2, 1, 2), max_new_tokens=2)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(found.logits), rtol=1e-5, atol=1e-5)
+    path, norm = DirectPath(model, ADAPTER), ADAPTER.final_norm(model)
+    with ExitStack() as undo:
+        path.install(undo)
+        for layer, block in enumerate(model.model.language_model.layers):
+            ADAPTER.output_norm(block)(torch.randn(1, 1, 32))
+            assert layer in path._normed
+        raw = model.lm_head(norm(torch.randn(1, 1, 32)))[0].requires_grad_()
+    rows = {0: (torch.rand(1, 4, 3), torch.rand(1, 2, 3, 8))}
+    cotangent, cap = torch.randn(raw.shape), 4.0
+    (through,) = torch.autograd.grad(cap * torch.tanh(raw / cap), raw, cotangent)
+    capped = path.gradients(rows, cotangent)[0]
+    model.config.text_config.final_logit_softcapping = None
+    try:
+        torch.testing.assert_close(capped, path.gradients(rows, through)[0], rtol=1e-4, atol=1e-5)
+    finally:
+        model.config.text_config.final_logit_softcapping = cap
+    assert not torch.allclose(cotangent, through, rtol=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ class Packed(nn.Module):
         self.in_features, self.gradients = linear.in_features, gradients
         self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
         packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.bias = torch.linspace(-1, 1, linear.out_features)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def dense(self) -> Tensor:
         return self.weight.float() * self.scale
 
     def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states if self.gradients else states.detach(), self.dense().to(states.dtype))
+        states = states if self.gradients else states.detach()
+        return nn.functional.linear(states, self.dense().to(states.dtype), self.bias.to(states.dtype))
 
 
 def packed(gradients: bool) -> Any:
@@ -76,6 +79,19 @@ def test_the_direct_path_reads_layers_that_have_no_matrix(dtype: torch.dtype) ->
     for index, layer in enumerate(adapter.decoder_layers(tiny.model)):
         module = layer.self_attn.o_proj
         assert torch.allclose(path._weight(index, module).float(), module.dense(), rtol=1e-2, atol=1e-6)
+
+
+def test_an_exact_zero_before_the_last_norm_leaves_all_slopes_finite() -> None:
+    tiny = tiny_model("llava")
+    path = DirectPath(tiny.model, tiny.adapter)
+    with ExitStack() as undo:
+        path.install(undo)
+        tiny.adapter.final_norm(tiny.model)(torch.eye(32)[None, :2])
+    weights, values = torch.rand(1, 4, 3), torch.rand(1, 2, 3, 8)
+    cotangent = torch.rand(1, tiny.adapter.unembedding(tiny.model).out_features)
+    slopes = path.gradients({0: (weights, values)}, cotangent)[0]
+    assert bool(slopes.isfinite().all())
+    assert bool(slopes.any())
 
 
 def test_words_of_the_configuration() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mitigate.core import Access, Fidelity, Method, Phase, Point, Rows, Subscription, Tags
+from mitigate.core.attention import refuse_unserved
 from mitigate.core.stack import Stack
+from mitigate.errors import UnsupportedModel
 from tests.references import runs
 from tests.references.tiny import PAD, full_forward, make_inputs, split_rows, tiny_llava
 
@@ -291,3 +293,29 @@ def test_gradient_of_the_one_token_graph_equals_the_full_sequence():
                     gradient[row, :, -length:], expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max()))
                 )
             ids = torch.cat([ids, fresh[row : row + 1, step : step + 1]], 1)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "cache"])
+def test_terms_that_exact_rows_would_miss_are_refused(name):
+    refuse_unserved(3, {"scaling": 1.0, name: None})
+    with pytest.raises(UnsupportedModel, match=f"layer 3 uses attention argument '{name}'"):
+        refuse_unserved(3, {name: torch.ones(1)})
+
+
+def test_weight_on_unseen_keys_is_counted_for_rows_that_are_somebody_s(model):
+    """A flat weight on every column, for all rows of the prompt; rows of padding are nobody's."""
+    inputs = make_inputs(model, PROMPTS)
+    flat = Probe(
+        subscription=Subscription(
+            point=Point.ATTENTION_PROBS, access=Access.WRITE, layers=(1,), rows=Rows.ALL, normalised=False
+        ),
+        function=lambda event: torch.full_like(event.probs, 1 / event.probs.shape[-1]),
+    )
+    with Stack([flat]).attach(model) as handle:
+        handle.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=PAD)
+        counted = [row["bus"]["weight_on_unseen_keys"] for row in handle.telemetry()]
+    columns = inputs["input_ids"].shape[1]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    expected = [sum(1 - seen / columns for seen in range(1, length + 1)) for length in lengths]
+    assert len(set(lengths)) > 1
+    assert counted == pytest.approx(expected, rel=1e-5)
