@@ -114,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show warnings without the line of code they come from."""
+    """Show warnings without the line of code they come from, in the first process alone."""
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n" if is_first_process() else ""
     try:
         yield
     finally:
