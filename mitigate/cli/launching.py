@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _GROUP, _KEY = "hydra/launcher=", "hydra.launcher."
 _REMEDY = "pip install 'mitigate[slurm]' brings submitit_slurm and submitit_local"
+_SETTINGS = "take it out or correct it; with --dry-run, the command without it prints all settings of the launcher"
 
 
 def split_launcher(overrides: Sequence[str], *, sweep: bool) -> tuple[list[str], list[str]]:
@@ -109,7 +110,9 @@ def launch(settings: Sequence[str], commands: Sequence[Sequence[str]], console: 
             config = compose(None, [*sweep, *fixed, *settings], return_hydra_config=True)
             shown = OmegaConf.to_yaml(config.hydra.launcher)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"{' '.join(settings)}: {str(error).splitlines()[0]}\n{_REMEDY}") from error
+            reason, *_ = str(error).splitlines()
+            remedy = _REMEDY if "Could not find" in reason else _SETTINGS
+            raise ConfigError(f"{' '.join(settings)}: {reason}\n{remedy}") from error
         text = "\n".join([f"# {settings[0]}", shown, *(shlex.join(["mitigate", *command]) for command in commands), ""])
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
         if dry:

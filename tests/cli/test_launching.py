@@ -68,7 +68,7 @@ def test_one_job_can_be_launched(started: list[list[str]]) -> None:
         (["hydra/launcher=basic"], "add -m, also for a single job"),
         (["-m", "seed=0,1", "hydra.launcher.partition=gpu"], "name the launcher, too"),
         (["-m", "seed=0,1", "hydra/launcher=submitit_slurmm"], "pip install 'mitigate[slurm]'"),
-        (["-m", "seed=0,1", "hydra/launcher=basic", "hydra.launcher.partition=gpu"], "partition"),
+        (["-m", "seed=0,1", "hydra/launcher=basic", "hydra.launcher.partition=gpu"], "prints all settings"),
         (["--dry-run"], "add -m hydra/launcher=NAME"),
     ],
 )
