@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from mitigate.core import Access, Point, Rows, Subscription, Tags
+from mitigate.core import Access, Branch, Point, Rows, Subscription, Tags
 from mitigate.core.layout import Role
 from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
@@ -239,6 +239,30 @@ def test_a_padded_row_is_that_row_alone(family: str) -> None:
             max_new_tokens=3,
         )  # fmt: skip
         torch.testing.assert_close(logits(together)[:, row], logits(alone)[:, 0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_branch_of_the_same_pictures_goes_on_as_the_main_stream_does(family: str) -> None:
+    beside = Beside(subscription=Subscription(point=Point.NEXT_TOKEN_LOGITS, access=Access.WRITE))
+    found = served(family, [beside], batch(family), max_new_tokens=3)
+    assert torch.equal(found.sequences, plain(family, batch(family), max_new_tokens=3).sequences)
+    for same, bare in beside.seen:
+        torch.testing.assert_close(same[0], same[1], rtol=CLOSE, atol=CLOSE)
+        for row, prompt in enumerate(tiny(family).askable()):
+            moved = float((bare[0][row] - bare[1][row]).abs().max())
+            assert (moved > 1e-2) == bool(prompt.pictures), (row, moved)
+
+
+class Beside(Probe):
+    """Notes what two branches say: one with the pictures, one without."""
+
+    tags: ClassVar[Tags] = Tags(reads=frozenset(Point), writes=frozenset(Point), forwards_per_token=2)
+
+    def branches(self) -> list[Branch]:
+        return [Branch(name="same"), Branch(name="bare", images=False)]
+
+    def on_next_token_logits(self, event: Any, state: Any) -> None:
+        self.seen.append([(event.logits.clone(), event.branch_logits(name).clone()) for name in ("same", "bare")])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,6 +15,7 @@ from mitigate import Stack
 from mitigate.adapters import adapter_for, load_model
 from mitigate.adapters.quantising import QUANTIZATIONS
 from mitigate.compose import checks
+from mitigate.core.differentiable import check_gradients
 from mitigate.core.direct import DirectPath
 from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
 from mitigate.methods.sgrs import SGRS
@@ -63,6 +64,28 @@ def test_gradients_are_refused_where_layers_keep_them_back() -> None:
     with pytest.raises(UnsupportedModel, match=message):
         run(tiny.model, tiny.processor, "exact")
     assert run(tiny.model, tiny.processor, "direct")["steps"] == 3
+
+
+class Mute(Packed):
+    """Says nothing of it: every gradient is zero."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states) + 0 * states.sum()
+
+
+def test_layers_that_let_nothing_but_zeros_through_are_found() -> None:
+    tiny = packed(gradients=False)
+    for layer in tiny.adapter.decoder_layers(tiny.model):
+        layer.self_attn.o_proj.__class__ = Mute
+    with pytest.raises(UnsupportedModel, match=r"\(Mute\)"):
+        check_gradients("sgrs", tiny.model, tiny.adapter)
+
+
+def test_gradients_are_tried_whatever_mode_the_caller_is_in() -> None:
+    tiny = packed(gradients=True)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            check_gradients("sgrs", tiny.model, tiny.adapter)
 
 
 def test_gradients_pass_through_layers_that_let_them() -> None:

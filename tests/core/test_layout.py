@@ -107,6 +107,15 @@ def test_padding_is_no_mark_and_marks_are_where_a_picture_is():
     assert layout.images[0][0].stop == 42
 
 
+def test_marks_of_later_pictures_are_no_text_that_asks_about_earlier_ones():
+    picture = [9, *[IMAGE] * 36, 9]
+    ids = torch.tensor([[1, *picture, 7, *picture, 8, 10]])
+    layout = Forgetful().layout(_model(), ids, None, {"pixel_values": torch.zeros(2, 3, 24, 24)})
+    first, second = layout.images[0]
+    assert layout.text_queries(0, first).tolist() == [39, 78, 79]
+    assert layout.text_queries(0, second).tolist() == [78, 79]
+
+
 def test_expansion_repeats_rows():
     inputs = make_inputs(_model(), [(2, 1, 3), (4, 0, 2)])
     layout = LlavaAdapter().layout(_model(), inputs["input_ids"], inputs["attention_mask"], {})

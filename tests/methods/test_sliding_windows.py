@@ -124,8 +124,9 @@ def test_a_layer_that_sees_no_picture_is_neither_diagnosed_nor_changed() -> None
         assert not all(sees)
 
 
-def test_prompt_rows_run_again_although_the_cache_let_their_keys_go() -> None:
-    subject, kept = tiny(), []
+def replayed(subject: TinyModel, layers: tuple[int, ...], **options: Any) -> Any:
+    """The last four prompt rows run again with a graph, by a method that asks for that at its first step."""
+    kept: list[Any] = []
 
     def note(event: Any, state: Any) -> None:
         if event.step == 0 and not kept and hasattr(event, "scores"):
@@ -133,15 +134,25 @@ def test_prompt_rows_run_again_although_the_cache_let_their_keys_go() -> None:
 
     phases = MAIN_PHASES | {Phase.DIAGNOSTIC}
     point, choose = Point.ATTENTION_PROBS, Subscription(point=Point.SELECT_TOKEN, access=Access.WRITE)
-    wish = Subscription(point=point, access=Access.GRADIENT, layers=(0, 2), phases=phases, rows=Rows.LAST)
-    generate([Watch(wishes=(wish, choose), function=note)])
-    (replay,) = kept
+    wish = Subscription(point=point, access=Access.GRADIENT, layers=layers, phases=phases, rows=Rows.LAST)
+    with Stack([Watch(wishes=(wish, choose), function=note)]).attach(subject.model, subject.processor) as handle:
+        handle.generate(**subject.inputs(ASKED), max_new_tokens=1, do_sample=False, **options)
+    return kept[0]
+
+
+def test_prompt_rows_run_again_although_the_cache_let_their_keys_go() -> None:
+    subject, replay = tiny(), replayed(tiny(), (0, 2))
     inputs = subject.inputs(ASKED)
     with torch.no_grad():
         expected = subject.model(**inputs).logits[:, replay.columns]
     assert inputs["input_ids"].shape[1] > WINDOW
     assert bool(replay.valid.all())
     torch.testing.assert_close(replay.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_rows_that_cannot_run_again_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="paligemma see the tokens they would have to predict"):
+        replayed(tiny_model("paligemma"), (0, 2))
 
 
 def test_history_from_a_prompt_that_sees_itself_whole_is_refused_when_the_stack_is_built() -> None:
