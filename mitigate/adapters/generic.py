@@ -299,16 +299,33 @@ def _decoder_problem(adapter: GenericAdapter, model: PreTrainedModel) -> str | N
     if not type(decoder)._can_set_attn_implementation():
         return "its decoder does not use transformers' AttentionInterface"
     text = adapter.decoder_config(model)
-    served = Adapter.facts_of_config(adapter, config).attention_layers
+    try:
+        served = Adapter.facts_of_config(adapter, config).attention_layers
+    except (AttributeError, RuntimeError):  # the latter where layers have configurations of their own
+        return "its configuration does not tell one number of layers and heads for the whole decoder"
     for index, layer in enumerate(layers):
         own = getattr(layer, "self_attn", None)
         if any("cross" in name for name, _ in layer.named_children()):
             return f"layer {index} attends to the pictures apart from the text (cross-attention)"
-        if (served is None or index in served) and getattr(own, "config", None) is not text:
+        if served is not None and index not in served:
+            continue
+        if getattr(own, "config", None) is not text:
             return f"layer {index} has no self_attn that shares the decoder's configuration"
+        if _asks_for_its_kernel(type(own)):
+            return f"layer {index} attends in another way with kernels that it does not know by name"
     if served == ():
         return "no layer of its decoder has an attention that is known (full or sliding)"
     return None
+
+
+def _asks_for_its_kernel(kind: type) -> bool:
+    """Whether code does something else for some attention implementations, of which the bus's is none."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    compared = (ast.unparse(node) for node in ast.walk(body) if isinstance(node, ast.Compare))
+    return any("_attn_implementation" in comparison for comparison in compared)
 
 
 def _plain_positions(model: PreTrainedModel) -> bool:
@@ -346,7 +363,8 @@ def _plain_addition(layer: nn.Module, attention: nn.Module, norm: nn.Module | No
     place = next((place for place, value in enumerate(values) if value.startswith("self.self_attn(")), len(values))
     through = [f"self.{name}(hidden_states)" for name, module in layer.named_children() if module is norm]
     *first, added = values[place + 1 :][: len(through) + 1] or [""]
-    return first == through and added in ("residual + hidden_states", "hidden_states + residual")
+    sums, last = ("residual + hidden_states", "hidden_states + residual"), (values or [""])[-1]
+    return first == through and added in sums and last in sums
 
 
 def _assigned(kind: type) -> list[tuple[str, str]]:

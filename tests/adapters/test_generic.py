@@ -15,6 +15,7 @@ from PIL.Image import Image
 from PIL.Image import new as picture_of
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
@@ -28,6 +29,7 @@ from transformers import (
     HyperCLOVAXConfig,
     HyperCLOVAXModel,
     LlamaConfig,
+    MiniMaxM3VLConfig,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -413,6 +415,28 @@ def test_a_direct_path_as_most_decoders_have_it(family: str) -> None:
     norm = GenericAdapter(model, processor).output_norm(model.get_decoder().layers[1])
     assert (norm is None) == (family != "glm4v")
     assert DirectPath(model, GenericAdapter(model, processor), {1})
+
+
+def test_a_decoder_that_does_something_else_for_some_kernels() -> None:
+    """MiniMax M3 shuts keys out by a mask for ``sdpa`` and ``eager``, and for another name it leaves that to it."""
+    text = {**TEXT, "vocab_size": 64, "head_dim": 8, "mlp_layer_types": ["dense"] * 3}
+    config = MiniMaxM3VLConfig(text_config=text, vision_config=VISION, image_token_id=4)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedModel, match="layer 0 attends in another way with kernels that it does not know"):
+        adapter_for(model)
+
+
+def test_a_decoder_whose_layers_differ_in_heads() -> None:
+    model, processor = mistral3()
+
+    def ambiguous(self: Any) -> int:
+        raise RuntimeError("a per-layer attribute")
+
+    config = model.config.text_config
+    config.__class__ = type("Config", (type(config),), {"num_attention_heads": property(ambiguous)})
+    with pytest.raises(UnsupportedModel, match="one number of layers and heads for the whole decoder"):
+        adapter_for(model, processor)
 
 
 def test_a_configuration_without_placeholders() -> None:
