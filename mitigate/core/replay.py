@@ -133,8 +133,9 @@ def replay(bus: HookBus, request: Request, state: MethodState, rows: int) -> Rep
     width = passes[0].logits.shape[-1] if passes else 1
     logits = torch.zeros(*valid.shape, width, device=ids.device)
     for part in passes:
-        known = part.logits.detach().to(logits) * part.rows[:, None, None]
-        logits[:, part.start - first :] += known
+        own, place = part.rows.to(logits.device)[:, None, None], part.start - first
+        # chosen, not multiplied by zero: a token the model excludes may be minus infinity in float32
+        logits[:, place:] = torch.where(own, part.logits.detach().to(logits), logits[:, place:])
     state.count("extra_forwards", 1.0, valid.any(1))
     return Replay(columns, logits, ids[:, first + 1 : stop + 1], valid, tuple(passes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cache
 
 import pytest
@@ -16,7 +17,10 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonSwinDecode
 from mitigate.adapters.chameleon import ChameleonAdapter
 from mitigate.core.direct import DirectPath
 from mitigate.core.layout import Role
+from mitigate.core.stack import Stack
 from mitigate.errors import ConfigError, LayoutError, UnsupportedModel
+from mitigate.methods.sgrs import SGRS
+from mitigate.testing.tiny import PROMPTS, tiny_model
 from mitigate.testing.tiny_chameleon import build
 
 SIDE, CODES = 5, 25
@@ -181,3 +185,15 @@ def test_blocks_that_norm_what_attention_adds_say_so():
     swin = ChameleonSwinDecoderLayer(model.config, 0)
     assert ADAPTER.output_norm(plain) is None
     assert ADAPTER.output_norm(swin) is swin.input_layernorm
+
+
+def test_history_from_prompts_of_unequal_length_in_float64() -> None:
+    """Codes have the lowest logit there is, which is minus infinity where scores are kept in float32."""
+    tiny = tiny_model("chameleon").cast(torch.float64)
+    method = SGRS(history_init="prompt_tail", proposal="greedy_order", window=3, layers="all")
+    inputs = tiny.inputs(PROMPTS[2:])  # one question is so short that it has a pass of its own
+    with Stack([method]).attach(tiny.model, tiny.processor) as handle:
+        handle.generate(**inputs, max_new_tokens=1, do_sample=False)
+        counted = [sample["sgrs"] for sample in handle.telemetry()]
+    assert [each["extra_forwards"] for each in counted] == [1.0, 1.0]
+    assert all(math.isfinite(each["saliency"]) for each in counted)
