@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from transformers.utils import is_torchvision_available
 
 from mitigate.adapters import load_model
 from mitigate.adapters.explaining import explain
+from mitigate.adapters.loading import _hub_can_be_reached
 from mitigate.adapters.processors import load_processor
 from mitigate.errors import ConfigError, DataError, MitigateError, UnsupportedModel
 from mitigate.hubcache import cached_instead
@@ -168,11 +170,60 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(capfd: pytest.CaptureFix
     from transformers.utils import logging as bars
 
     bars.enable_progress_bar()
-    level = logging.getLogger("transformers").level
-    load_model("testbed")
-    assert capfd.readouterr() == ("", "")
-    assert bars.is_progress_bar_enabled()
-    assert logging.getLogger("transformers").level == level
+    names = ("transformers", "huggingface_hub", "accelerate")
+    before = [logging.getLogger(name).level for name in names]
+    try:
+        for place, name in enumerate(names):
+            logging.getLogger(name).setLevel(31 + place)
+        load_model("testbed")
+        assert capfd.readouterr() == ("", "")
+        assert bars.is_progress_bar_enabled()
+        assert [logging.getLogger(name).level for name in names] == [31, 32, 33]
+    finally:
+        for name, level in zip(names, before, strict=True):
+            logging.getLogger(name).setLevel(level)
+
+
+def test_what_is_asked_for_reaches_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def noted(what: str) -> Callable[..., Any]:
+        return lambda folder, *more, **options: asked.update({what: (folder, *more, options)}) or {}
+
+    def weights(folder: str, **options: Any) -> Any:
+        noted("weights")(folder, **options)
+        raise OSError("enough")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", weights)
+    monkeypatch.setattr("mitigate.adapters.processors.load_processor", noted("processor"))
+    for name in ("stored_numbers", "_bring_family"):
+        monkeypatch.setattr(f"mitigate.adapters.loading.{name}", noted(name))
+    monkeypatch.setattr("mitigate.adapters.loading._hub_can_be_reached", lambda: True)
+    with pytest.raises(MitigateError):
+        load_model("a/b", dtype="bfloat16", attn_implementation="eager", revision="c1", device="meta")
+    common = {"revision": "c1", "trust_remote_code": False, "local_files_only": False}
+    given = {"dtype": torch.bfloat16, "attn_implementation": "eager", "device_map": {"": "meta"}}
+    assert asked == {
+        "stored_numbers": ("a/b", "c1", {"local": False}),
+        "_bring_family": ("a/b", common),
+        "processor": ("a/b", None, common),
+        # other files than safetensors are unpickled
+        "weights": ("a/b", {"use_safetensors": True, "output_loading_info": True, **given, **common}),
+    }
+
+
+def test_a_package_that_brings_a_family_is_imported_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of the checkpoint is read: its import registers the classes."""
+
+    def imported(name: str) -> Any:
+        raise ImportError(f"{name} came first")
+
+    known = SimpleNamespace(names=lambda: ["mine"], get=imported)
+    monkeypatch.setattr("mitigate.adapters.loading.adapters", lambda: known)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    with pytest.raises(DataError, match="mine came first"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("family", tiny_families())
@@ -285,8 +336,22 @@ def test_what_the_hub_and_packages_say(error: Exception, message: str) -> None:
     assert len(str(explained).splitlines()) <= 2
 
 
+def test_a_hub_behind_a_proxy_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_address(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not _hub_can_be_reached()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+    assert _hub_can_be_reached()
+
+
 def test_an_offline_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("an offline hub was looked for"))
     with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set, and it is not in the local cache"):
         load_model("nobody/nothing-of-this-name")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,17 @@ def test_a_divided_model_answers_as_a_whole_one(name: str, whole: LoadedModel, t
 def test_a_whole_model_is_not_divided(whole: LoadedModel) -> None:
     assert not is_divided(whole.model)
     assert input_device(whole.model) == torch.device("cpu")
+
+
+def test_inputs_go_where_a_divided_model_wants_them() -> None:
+    """Whatever device its first weights wait on."""
+    model: Any = torch.nn.Linear(2, 2)
+    model._hf_hook = SimpleNamespace()
+    with torch.device("meta"):
+        assert input_device(torch.nn.Linear(2, 2)) == torch.device("cpu")  # type: ignore[arg-type]
+    for wanted, device in ((None, "cpu"), ("cuda:1", "cuda:1")):
+        model._hf_hook.execution_device = wanted
+        assert input_device(model) == torch.device(device)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +166,12 @@ def test_too_little_memory(free: float | None, fits: bool, monkeypatch: pytest.M
     ):
         load_model("testbed")
     load_model("testbed", device_map="auto")  # a map finds room by itself
+
+
+def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 + device.index, 80))  # free, all
+    assert free_bytes(torch.device("cuda", 1)) == 4
 
 
 def test_free_memory_is_known_here() -> None:
