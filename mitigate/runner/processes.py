@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from mitigate import errors
@@ -108,18 +109,31 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     several = config["devices"] != 1 or config["num_nodes"] != 1
     if config["strategy"] == "ddp" or (config["strategy"] == "auto" and several):
         asked["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # torchrun can be a task of srun
         _check_slurm()
         # Lightning's own way of requeueing would save a checkpoint; records need none.
         environment = SLURMEnvironment(auto_requeue=False)
         environment.validate_settings(num_devices=config["devices"], num_nodes=config["num_nodes"])
         asked["plugins"] = [environment]
-    elif config["num_nodes"] > 1 and "MASTER_ADDR" not in os.environ:
+        return asked
+    _check_started(config)
+    if config["num_nodes"] > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             f"trainer.num_nodes={config['num_nodes']}, but nothing says where the other machines are;"
             " put srun or torchrun before the command"
         )
     return asked
+
+
+def _check_started(config: Mapping[str, Any]) -> None:
+    """Refuse other processes than were asked for: each would do the whole work, and write into the same files."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    asked = str(config["devices"] * config["num_nodes"])
+    if config["devices"] > 0 and asked != world and (world != "1" or TorchElasticEnvironment.detect()):
+        raise ConfigError(
+            f"trainer.devices={config['devices']} and trainer.num_nodes={config['num_nodes']}, but WORLD_SIZE={world}"
+            " processes were started; make trainer.devices the number per machine"
+        )
 
 
 def _check_slurm() -> None:

@@ -16,9 +16,9 @@ from mitigate import processes
 from mitigate.errors import ConfigError
 from mitigate.runner.devices import place
 from mitigate.runner.processes import settings
+from tests.forking import FORKED, Forks
 
 ROOT = Path(__file__).parents[2]
-FORKED = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ONE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
@@ -69,7 +69,7 @@ CODES = {
 @FORKED
 @pytest.mark.parametrize("name", CODES)
 def test_a_process_that_fails_ends_all_and_another_number_goes_on(seen: dict[str, Any], name: str) -> None:
-    """The first process says why, once; nobody waits for ever; three processes complete what two began."""
+    """The first process says why, once; nobody waits for ever; one process or three complete what two began."""
     case = seen["failing"][name]
     codes, said = CODES[name]
     assert case["codes"] == codes, case["said"]
@@ -77,7 +77,7 @@ def test_a_process_that_fails_ends_all_and_another_number_goes_on(seen: dict[str
     assert case["said"][1] == ""
     assert "no such thing" in case["said"][0] or name != "odd 1"
     assert 0 < len(case["kept"]) < len(case["lines"])
-    assert case["again"]["codes"] == [0, 0, 0], case["again"]["said"]
+    assert set(case["again"]["codes"]) == {0}, case["again"]["said"]
     assert set(case["kept"]) <= set(case["lines"])
     assert answers(case) == answers(seen["same"]["batches of 4, 1"])
     assert case["left"] == []
@@ -159,6 +159,26 @@ def test_a_job_without_srun_is_refused_instead_of_waiting(alone: None, monkeypat
     assert environment.auto_requeue is False
 
 
+@pytest.mark.parametrize(("devices", "nodes", "started"), [(1, 1, "2"), (4, 1, "2"), (2, 2, "2"), (2, 1, "1")])
+def test_other_processes_of_torchrun_are_refused_instead_of_writing_into_one_file(
+    alone: None, monkeypatch: pytest.MonkeyPatch, devices: int, nodes: int, started: str
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with pytest.raises(ConfigError, match=rf"trainer\.devices={devices} .* but WORLD_SIZE={started} processes"):
+        settings({**ONE, "devices": devices, "num_nodes": nodes})
+    monkeypatch.setenv("WORLD_SIZE", str(devices * nodes))
+    settings({**ONE, "devices": devices, "num_nodes": nodes})
+
+
+def test_torchrun_inside_a_job_counts_its_own_processes(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    assert "plugins" not in settings({**ONE, "devices": 2})
+
+
 def test_several_machines_without_a_launcher_are_refused_instead_of_waiting(
     alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,21 +205,22 @@ def test_a_model_that_is_moved_in_inference_mode_can_still_enter_a_graph() -> No
 
 
 @pytest.mark.slow
-def test_the_command_line_with_two_processes(tmp_path: Path) -> None:
+@FORKED
+def test_the_command_line_with_two_processes(tmp_path: Path, forks: Forks) -> None:
     """Lightning starts the second process itself, with the command of the first one."""
+    from tests.runner.ranks import lines
 
-    def compared(name: str, *more: str) -> list[str]:
-        settings = ["benchmark.limit=2", "decoding.max_new_tokens=8", "trainer.batch_size=4", "tracker=none"]
-        command = [sys.executable, "-m", "mitigate", "compare", "stacks=[none,scr]", *settings, f"name={name}", *more]
-        where = [f"runs_dir={tmp_path}", "trainer.accelerator=cpu"]
-        done = subprocess.run(
-            [*command, *where], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Report:") == 1
-        from tests.runner.ranks import lines
-
-        return [line for stack in ("none", "scr") for line in lines(tmp_path / name / stack)]
-
-    assert compared("two", "trainer=ddp", "trainer.devices=2") == compared("one")
+    settings = ["benchmark.limit=2", "decoding.max_new_tokens=8", "trainer.batch_size=4", "tracker=none"]
+    words = ["compare", "stacks=[none,scr]", *settings, f"runs_dir={tmp_path}", "trainer.accelerator=cpu"]
+    command = [sys.executable, "-m", "mitigate", *words, "name=two", "trainer=ddp", "trainer.devices=2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = forks.run("mitigate", *words, "name=one", folder=tmp_path)
+    assert done.stdout.count("Report:") == said.count("Report:") == 1
+    one, two = (
+        [line for stack in ("none", "scr") for line in lines(tmp_path / name / stack)] for name in ("one", "two")
+    )
+    assert two == one
     assert len(list((tmp_path / "two" / "scr").glob("samples.rank*.jsonl"))) == 2
