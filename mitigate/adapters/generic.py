@@ -313,6 +313,9 @@ def _decoder_problem(adapter: GenericAdapter, model: PreTrainedModel) -> str | N
             return f"layer {index} has no self_attn that shares the decoder's configuration"
         if _asks_for_its_kernel(type(own)):
             return f"layer {index} attends in another way with kernels that it does not know by name"
+    shared = getattr(text, "num_kv_shared_layers", 0)
+    if shared:  # they have no cache, and of a prompt they may be given the last token alone
+        return f"its last {shared} layers take the keys of earlier ones"
     if served == ():
         return "no layer of its decoder has an attention that is known (full or sliding)"
     return None

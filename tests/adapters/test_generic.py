@@ -23,6 +23,7 @@ from transformers import (
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
     DeepseekVLProcessor,
+    Gemma4Config,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vProcessor,
@@ -424,6 +425,17 @@ def test_a_decoder_that_does_something_else_for_some_kernels() -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(UnsupportedModel, match="layer 0 attends in another way with kernels that it does not know"):
+        adapter_for(model)
+
+
+def test_a_decoder_whose_layers_share_keys() -> None:
+    """Gemma 4: in ``generate`` such layers are given the last token of a prompt only."""
+    text = {**TEXT, "vocab_size": 64, "vocab_size_per_layer_input": 64, "head_dim": 8, "num_kv_shared_layers": 1}
+    text |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 8}
+    config = Gemma4Config(text_config=text, vision_config=None, audio_config=None, image_token_id=4)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedModel, match="its last 1 layers take the keys of earlier ones"):
         adapter_for(model)
 
 
