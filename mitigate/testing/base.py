@@ -94,7 +94,7 @@ class Check:
     needs_model
         Whether it is run once per tiny model.
     once
-        Whether it looks at the class only, so that one parameter set is enough.
+        Whether it looks at the class only, so that one parameter set and one tiny model are enough.
     applies
         Reason for not applying to a method, if there is one.
     """
@@ -164,7 +164,7 @@ def check(
     needs_model
         Run it with a tiny model of every family.
     once
-        Run it for one parameter set only, because it looks at the class.
+        Run it for one parameter set and one family only, because it looks at the class.
     applies
         Reason for not applying to a method, if there is one.
     """

@@ -190,11 +190,12 @@ def plan_cases(
             raise ConfigError(f"expected_failures: {name} has no reason; write why it is expected to fail")
     chosen = [known for known in checks if not only or known.name in only]
     on = _families(families) if families or any(known.needs_model for known in chosen) else []
+    once_on = _one_family(subjects[0], on) if any(known.needs_model and known.once for known in chosen) else []
     return [
         Case(known, subject, family, expected.get(known.name, ""), strict)
         for known in chosen
         for subject in (subjects[:1] if known.once else subjects)
-        for family in (on if known.needs_model else [""])
+        for family in ((once_on if known.once else on) if known.needs_model else [""])
     ]
 
 
@@ -280,6 +281,24 @@ def _families(families: Sequence[str] | None) -> list[str]:
         return [reference_family()]
     _known(families, tiny_families(), "family of tiny models")
     return list(families)
+
+
+def _one_family(method: Method, families: Sequence[str]) -> list[str]:
+    """Return the family on which the class is judged, if any is asked for.
+
+    What shows on one model is there: the reference family stands for all, or the first asked for if it is refused.
+    """
+    from mitigate.testing.running import stage
+    from mitigate.testing.tiny import reference_family, tiny_model
+
+    try:
+        if families:
+            stage(Subject(method, tiny_model(reference_family())))
+    except Skip:
+        return list(families[:1])
+    except Exception:  # the checks will say what is wrong
+        return [reference_family()]
+    return [reference_family()][: len(families)]
 
 
 def _file(method: Method) -> str:

@@ -25,7 +25,7 @@ from mitigate.testing import (
     subjects,
     yield_checks,
 )
-from mitigate.testing.suite import MODULES, catalogue, plan_cases
+from mitigate.testing.suite import MODULES, Case, catalogue, plan_cases
 from tests.testing import broken_api
 from tests.testing.broken_api import AcceptsNaN, MisspeltHandler, OneSet
 from tests.testing.gentle import Gentle
@@ -121,9 +121,17 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Except
 
 def test_a_family_that_a_method_refuses_says_nothing_against_it() -> None:
     scr = methods().get("scr")
-    needing = [known.name for known in catalogue() if known.needs_model and known.once]
-    found = check_method(scr, families=["instructblip"], only=needing, on_fail=None)
-    assert [(row.check, row.status) for row in found] == [(name, "skipped") for name in needing]
+    needing = [known for known in catalogue() if known.needs_model and known.once]
+    assert [Case(known, scr(), "instructblip").run().status for known in needing] == ["skipped"] * len(needing)
+
+
+def test_the_class_is_judged_on_one_family() -> None:
+    """Whether a parameter shows on every family's random weights is chance; the reference family is made to show it."""
+    asked = ["check_parameters_matter", "check_batch"]
+    for families in (["gemma3", "llava"], ["paligemma"]):
+        cases = plan_cases(methods().get("sgrs")(), families=families, only=asked)
+        known = [(case.check.name, case.family) for case in cases]
+        assert known == [("check_parameters_matter", "llava"), *(("check_batch", family) for family in families)]
 
 
 @pytest.mark.parametrize("wrong", ["gentle", int, Method])
