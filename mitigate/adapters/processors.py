@@ -109,7 +109,7 @@ def _use(processor: Any, template: str) -> None:
     processor.chat_template = template
     try:
         made = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise DataError(f"model.chat_template is no template that works: {error}") from None
     if words not in made:
         raise DataError(f"model.chat_template leaves the user's words out: a question becomes {made!r}")

@@ -285,6 +285,7 @@ def test_another_chat_template(tmp_path: Path) -> None:
     [
         ("nowhere.jinja", "model.chat_template=nowhere.jinja cannot be read: No such file"),
         ("{{ messages", "no template that works: unexpected end of template"),
+        ("{{ 1 // 0 }}", "no template that works: integer division or modulo by zero"),
         ("hello", "leaves the user's words out: a question becomes 'hello'"),
         (
             "{{ messages[0].content[-1].text }}",
