@@ -38,11 +38,11 @@ INTRODUCTION = """\
 Every built-in method, with its default parameters, went through those checks of the conformance suite that need a model
 (`mitigate check NAME --family FAMILY`), on a tiny random model of every family that has an adapter of its own. A number
 is how many checks passed of those that apply: what a method does not declare is not checked. *Refused* means that the
-stack is refused when it is built, with the reason below the table; other values of a parameter may be refused where the
-default is not. The checks hold a method against itself: with and without padding, cache, batch and stack. They cannot see
-whether a family's adapter finds the right tokens: the tests of each family count those from what its processor writes, and
-hold a stack of four methods against brute force on five of them. Tiny models say nothing about how much a method helps on
-real checkpoints.
+stack is refused when it is built, with the reason below the table; other values of a parameter may be refused where
+the default is not. The checks hold a method against itself: with and without padding, cache, batch and stack. They
+cannot see whether a family's adapter finds the right tokens: the tests of each family count those from what its
+processor writes, and hold a stack of four methods against brute force on five of them. Tiny models say nothing about
+how much a method helps on real checkpoints.
 
 Model types without an adapter of their own are served by the [generic adapter](contribute/add-a-model.md) where they
 explain themselves, and refused otherwise.
