@@ -24,6 +24,7 @@ from mitigate.cli import main
 from mitigate.errors import DataError
 from mitigate.records import sample_files
 from mitigate.runner import compare, run
+from mitigate.runner.processes import STOP
 from tests.runner.fake_world import FakeLoaded, install, resolved
 
 IMAGES = 6
@@ -125,6 +126,20 @@ def in_rank(rank: int, act: Callable[[], Any]) -> Callable[[int], None]:
     return fail
 
 
+def after_the_flag(folder: Path, fail: Callable[[int], None]) -> Callable[[int], None]:
+    """Let the first process wait, with most of its share before it, until it can know that another one has failed."""
+
+    def wait(calls: int) -> None:
+        fail(calls)
+        until = time.monotonic() + PATIENCE / 2
+        while os.environ.get("RANK") == "0" and calls >= 2 and time.monotonic() < until:
+            if (folder / STOP).exists():
+                break
+            time.sleep(0.01)
+
+    return wait
+
+
 def broken() -> None:
     raise DataError("the disk is gone")
 
@@ -161,12 +176,16 @@ def failing(folder: Path) -> dict[str, Any]:
     """A process fails: all end, the first one says why, and another number of processes goes on."""
     found = {}
     acts = {"broken": broken, "odd": odd, "killed": killed, "interrupted": interrupted}
-    cases = [("broken", 1), ("odd", 1), ("killed", 1), ("killed", 0), ("interrupted", 1)]
-    for name, rank in cases:
+    # who goes on: three processes, or one
+    cases = [("broken", 1, 3), ("odd", 1, 1), ("killed", 1, 1), ("killed", 0, 3), ("interrupted", 1, 1)]
+    for name, rank, world in cases:
         place = folder / f"{name} {rank}"
-        seen = launch(2, folder / f"{name} {rank} said", job(place, 2, fail=in_rank(rank, acts[name])))
+        fail = in_rank(rank, acts[name])
+        if name == "broken":
+            fail = after_the_flag(place, fail)
+        seen = launch(2, folder / f"{name} {rank} said", job(place, 2, fail=fail))
         kept = lines(place)
-        again = launch(3, folder / f"{name} {rank} again", job(place, 3))
+        again = launch(world, folder / f"{name} {rank} again", job(place, world))
         left = sorted(path.name for path in place.glob(".*"))
         found[f"{name} {rank}"] = {**seen, "kept": kept, "again": again, "lines": lines(place), "left": left}
     return found

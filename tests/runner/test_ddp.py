@@ -14,7 +14,7 @@ import torch
 
 from mitigate import processes
 from mitigate.errors import ConfigError
-from mitigate.runner.devices import place
+from mitigate.runner.devices import place, target
 from mitigate.runner.processes import settings
 from tests.forking import FORKED, Forks
 
@@ -77,6 +77,8 @@ def test_a_process_that_fails_ends_all_and_another_number_goes_on(seen: dict[str
     assert case["said"][1] == ""
     assert "no such thing" in case["said"][0] or name != "odd 1"
     assert 0 < len(case["kept"]) < len(case["lines"])
+    if name == "broken 1":  # half of them are the first one's, which has not gone on to its end
+        assert len(case["kept"]) < len(case["lines"]) / 2
     assert set(case["again"]["codes"]) == {0}, case["again"]["said"]
     assert set(case["kept"]) <= set(case["lines"])
     assert answers(case) == answers(seen["same"]["batches of 4, 1"])
@@ -118,6 +120,20 @@ def test_other_processes_than_were_asked_for_are_refused_once(seen: dict[str, An
     assert "trainer.devices=1" in case["said"][0]
     assert "--ntasks-per-node=2" in case["said"][0]
     assert case["said"][1] == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "device"),
+    [({}, "cuda:0"), ({"LOCAL_RANK": "2", "RANK": "6"}, "cuda:2"), ({"SLURM_LOCALID": "3"}, "cuda:3")],
+)
+def test_every_process_of_a_machine_has_a_gpu_of_its_own(
+    alone: None, monkeypatch: pytest.MonkeyPatch, told: dict[str, str], device: str
+) -> None:
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert target("auto") == target("gpu") == device
+    assert target("cpu") == "cpu"
 
 
 @pytest.fixture
