@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,24 @@ def _check(key: str, method: Method, subscription: Subscription, facts: ModelFac
             f"{key} acts on attention, but layer {other[0]} of {facts.family} has none that can be served; choose among"
             f" layers {layer_text(kept, facts.layers)}"
         )
+    if access is Access.GRADIENT and kept is not None:
+        _check_gradients_pass(key, subscription.layers, kept, facts)
     part, depth = ("vision tower", facts.vision_layers) if point is Point.VISION else ("decoder", facts.layers)
     outside = [layer for layer in subscription.layers if layer < 0 or (depth is not None and layer >= depth)]
     if outside and depth is not None:
         raise UnsupportedModel(f"{key} wants layer {outside[0]}, but the {part} has layers 0-{depth - 1}")
+
+
+def _check_gradients_pass(key: str, layers: Collection[int], kept: Collection[int], facts: ModelFacts) -> None:
+    """Refuse gradients that would come through a layer without attention: it overwrites what it remembers."""
+    closed = [layer for layer in range(min(layers), facts.layers) if layer not in kept]
+    if closed:
+        above = [layer for layer in kept if layer > closed[-1]]
+        choice = f"layers {layer_text(above, facts.layers)}, or " if above else ""
+        raise UnsupportedModel(
+            f"{key} takes exact gradients, but layer {closed[-1]} of {facts.family} is none that is known to let them"
+            f" through; choose {choice}a setting without exact gradients"
+        )
 
 
 def plan_streams(methods: Mapping[str, Method], facts: ModelFacts) -> list[StreamPlan]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from mitigate.core import Access, Fidelity, Method, Phase, Point, Rows, Subscription, Tags
+from mitigate.core.facts import ModelFacts
+from mitigate.core.plan import bind
 from mitigate.core.points import MAIN_PHASES
 from mitigate.core.stack import Stack
-from mitigate.errors import HookError, PluginError, StackConflict
+from mitigate.errors import HookError, PluginError, StackConflict, UnsupportedModel
 from tests.references.runs import generate
 from tests.references.tiny import PAD, full_forward, make_inputs, split_rows
 
@@ -116,6 +118,27 @@ def test_every_method_gets_the_gradients_of_its_own_layers(model):
     }
     generate(model, stack, inputs, 2)
     assert found == {"low": {1, 2}, "high": {4}, "near": {0, 5}}
+
+
+@pytest.mark.parametrize(
+    ("access", "layers", "kept", "match"),
+    [
+        (Access.READ, (1, 2), (1, 3), "layer 2 of hybrid has none that can be served; choose among layers 1, 3"),
+        (Access.GRADIENT, (1,), (1, 3), "layer 2 of hybrid is none .*; choose layers 3, or a setting"),
+        (Access.GRADIENT, (1,), (1,), "layer 3 of hybrid is none that is known to let them through; choose a setting"),
+    ],
+)
+def test_layers_without_attention(access, layers, kept, match):
+    """Of a hybrid decoder: they overwrite their state at every step, so that no gradient comes through."""
+    facts = ModelFacts(family="hybrid", layers=4, heads=4, kv_heads=2, attention_layers=kept)
+    wish = Subscription(point=Point.ATTENTION_PROBS, access=access, layers=layers, rows=Rows.LAST)
+    with pytest.raises(UnsupportedModel, match=match):
+        bind({"watch": Watch(wishes=(wish, CHOSEN))}, facts)
+
+
+def test_gradients_above_the_last_layer_without_attention_are_served():
+    facts = ModelFacts(family="hybrid", layers=4, heads=4, kv_heads=2, attention_layers=(1, 3))
+    assert bind({"watch": Watch(wishes=(attention(Access.GRADIENT, 3), CHOSEN))}, facts)
 
 
 def test_gradients_must_be_asked_for(model):
