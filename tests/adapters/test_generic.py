@@ -479,3 +479,24 @@ def test_a_number_of_tokens_that_is_no_known_raster() -> None:
     model.config.vision_config.patch_size = 2
     adapter = adapter_for(model, processor)
     assert not adapter.facts(model).spatial_grid
+
+
+def test_what_becomes_of_the_residual_stream_is_read_off_the_model() -> None:
+    """A norm with a shift is no RMSNorm; logits that are scaled or capped after the unembedding are not its output."""
+    model, _, adapter, _ = batch("aya_vision")
+    with pytest.raises(UnsupportedModel, match="the norm before the unembedding is not known"):
+        adapter.final_norm(model)
+    raw = torch.randn(2, 3)
+    assert adapter.logits(model, raw) is raw
+
+    with pytest.raises(UnsupportedModel, match="what is done with the unembedding's output"):
+        adapter.logits(Scaled(), raw)
+
+
+class Scaled:
+    """A forward that scales what its unembedding puts out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)  # type: ignore[attr-defined]
+        logits = logits * 0.5
+        return logits
