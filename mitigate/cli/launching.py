@@ -54,11 +54,11 @@ class Commands:
     folder: str
 
     def __call__(self, config: Any) -> int:
-        """Run the job that the launcher has numbered."""
+        """Run the job that the launcher has numbered; an error is its own, the others go on."""
         command = [sys.executable, "-m", "mitigate", *self.commands[int(config.number)]]
         done = subprocess.run(command, cwd=self.folder, env=os.environ, check=False)
         if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} ended with exit code {done.returncode}")
+            raise RuntimeError(f"{shlex.join(command)} ended with exit code {done.returncode}")
         return 0
 
 
@@ -127,7 +127,8 @@ def launch(settings: Sequence[str], commands: Sequence[Sequence[str]], console: 
             done = launcher.launch([[f"+number={number}"] for number in range(len(commands))], 0)
         except (RuntimeError, SystemExit) as error:
             raise ConfigError(f"{settings[0]}: {str(error).splitlines()[0]}") from error
-    failed = [number for number, job in enumerate(done, start=1) if job.status is not JobStatus.COMPLETED]
-    for number in failed:
-        console.print(f"Job {number} failed; the same command runs what is missing.", markup=False, highlight=False)
+    failed = [job for job in done if job.status is not JobStatus.COMPLETED]
+    for job in failed:
+        text = f"Job {done.index(job) + 1} failed: {job._return_value}\nThe same command runs what is missing."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else OK

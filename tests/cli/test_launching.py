@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,8 +41,11 @@ def test_every_job_is_a_command_of_its_own(started: list[list[str]], tmp_path: P
 
 
 def test_a_job_that_fails_is_told(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", *SWEEP, "seed=1", "hydra/launcher=basic"]) != 0
-    assert "exit code 1" in capsys.readouterr().err
+    assert main(["run", *SWEEP[:1], "stack=scr,none", *SWEEP[2:], "seed=1", "hydra/launcher=basic"]) == 1
+    out = capsys.readouterr().out
+    assert re.search("Job 1 failed: .* stack=scr .* ended with exit code 1\nThe same command runs what is missing", out)
+    assert "Job 2" not in out
+    assert len(started) == 2  # the others are not given up
 
 
 def test_a_dry_run_starts_nothing_and_looks_for_no_device(
