@@ -144,6 +144,8 @@ def _pass(bus: HookBus, request: Request, state: MethodState, start: int, rows: 
     stop = request.layout.prompt_length - 1
     cache = DynamicCache()
     for layer, kept in enumerate(request.cache.layers):  # a copy: the main cache must not see this pass
+        if not hasattr(kept, "keys"):
+            raise UnsupportedModel(f"layer {layer} has no attention: rows of the prompt cannot be run again behind it")
         keys, values = request.prompt_keys.get(layer, (kept.keys, kept.values))
         if keys.shape[2] < stop:
             raise UnsupportedModel(f"layer {layer} no longer keeps the prompt's keys (sliding window)")

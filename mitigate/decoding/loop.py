@@ -205,5 +205,6 @@ def _forget_graph(outputs: Any, bus: HookBus) -> None:
     if request.frame is not None:
         request.frame.tape.clear()
     for layer in outputs.past_key_values.layers:
-        if layer.keys.requires_grad:
+        keys = getattr(layer, "keys", None)  # a layer without attention has none, and no graph comes through it
+        if keys is not None and keys.requires_grad:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()

@@ -385,14 +385,15 @@ def test_a_decoder_that_looks_at_pictures_from_aside() -> None:
         adapter_for(model)
 
 
-def gated() -> Any:
+def gated(device: str = "meta") -> Any:
     """A gate between attention and its projection; only the second and the fourth block have attention."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
     kinds = ["linear_attention", "full_attention"] * 2
     text = {**TEXT, "vocab_size": 64, "num_hidden_layers": 4, "rope_parameters": rope, "layer_types": kinds}
     vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH}
-    with torch.device("meta"):
-        return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=4))
+    config = Qwen3_5Config(text_config=text, vision_config={**vision, "patch_size": 4}, image_token_id=4)
+    with torch.device(device):
+        return Qwen3_5ForConditionalGeneration(config)
 
 
 def scaled() -> Any:
@@ -408,6 +409,23 @@ def test_a_direct_path_with_something_on_it_is_refused(build: Callable[[], Any])
     model = build()
     with pytest.raises(UnsupportedModel, match="with the output of attention before they add it is not known"):
         DirectPath(model, GenericAdapter(model), {1})
+
+
+def test_exact_gradients_behind_the_last_block_without_attention() -> None:
+    """Caches of the other blocks hold no keys; rows of a prompt cannot be run again behind them."""
+    _, processor = FAMILIES["glm4v"]()
+    model = built(lambda _: gated("cpu"), None, 4)
+    model.config.vision_config.spatial_merge_size = 2
+    inputs = GenericAdapter(model, processor).inputs(model, processor, ["is there a dog ?"], [[]])
+    sgrs, settings = methods().get("sgrs"), {"max_new_tokens": 2, "do_sample": False, "eos_token_id": []}
+    with Stack([sgrs(layers="3")]).attach(model, processor) as handle:
+        assert handle.generate(**inputs, **settings).shape[1] == inputs["input_ids"].shape[1] + 2
+        assert handle.telemetry()[0]["sgrs"]["extra_backwards"] == 2
+    with (
+        Stack([sgrs(layers="3", history_init="prompt_tail")]).attach(model, processor) as handle,
+        pytest.raises(UnsupportedModel, match="layer 0 has no attention"),
+    ):
+        handle.generate(**inputs, **settings)
 
 
 @pytest.mark.parametrize("family", ["deepseek_vl", "mistral3", "glm4v"])
