@@ -29,7 +29,8 @@ class ImageSpan:
     grid
         ``(rows, columns)`` with ``rows * columns == N``, or ``None`` when the tokens form no raster.
     stop
-        Column after the image's last token (separators included).
+        Column after the image's last token and the separators that directly follow it, which between two adjacent
+        pictures may open the next one.
     tile
         ``(row, column)`` of this tile in its picture's raster of tiles, where a picture is encoded in several; tiles
         of a picture share ``image``.
