@@ -13,7 +13,7 @@ from mitigate.core import attention
 from mitigate.core.events import AttentionMask, AttentionProbs, AttentionScores, ValueScale
 from mitigate.core.frame import Frame, RowSelection
 from mitigate.core.plan import BoundSubscription
-from mitigate.core.points import FINAL, ROW_POINTS, Access, Phase, Point, Rows, Subscription
+from mitigate.core.points import FINAL, MAIN, ROW_POINTS, Access, Phase, Point, Rows, Subscription
 from mitigate.core.request import Request
 from mitigate.errors import HookError
 
@@ -83,7 +83,8 @@ class AttentionPoints:
             selection = self._selection(item.subscription.rows, request, frame, query.device)
             if selection is not None:
                 asked.append((item, selection))
-        if self._replays and frame.start == 0 and request.cache.layers[layer].is_sliding:
+        begins = frame.phase is Phase.PREFILL and frame.branch == MAIN and frame.start == 0
+        if self._replays and begins and request.cache.layers[layer].is_sliding:
             request.prompt_keys[layer] = (key, value)
         if not asked:
             return self._base(module, query, key, value, mask, kwargs, start)

@@ -286,10 +286,11 @@ def test_hand_made_forwards_see_the_branch_too(model: Any) -> None:
 
 
 @pytest.mark.parametrize("other", [PAI(alpha=1.0, gamma=2.0), VCD()], ids=lambda method: method.name)
-def test_with_a_method_that_differentiates_and_selects(model: Any, other: Method) -> None:
+@pytest.mark.parametrize("history", ["empty", "prompt_tail"])
+def test_with_a_method_that_differentiates_and_selects(model: Any, other: Method, history: str) -> None:
     """SGRS chooses from the guided logits, so it never picks a token below the cut-off; both orders agree."""
     inputs = batch(model, seed=6)
-    sgrs = SGRS(alpha=3.0, layers="all")
+    sgrs = SGRS(alpha=3.0, layers="all", history_init=history)
     results = [generate(model, methods, inputs, STEPS) for methods in ([other, sgrs], [sgrs, other])]
     (first, telemetry), (second, _) = results
     assert torch.equal(first.sequences, second.sequences)
