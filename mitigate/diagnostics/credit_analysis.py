@@ -41,7 +41,8 @@ def analyse(samples: Sequence[SampleRows], *, bins: int, resamples: int) -> Find
             data["tasks"][task] = drawn
             cells = ("rate", "entropy", "r", "binned_r")
             rows.append((title, len(mine), *(found[name] for name in cells), found["binned_r"].n))
-            terciles.append((title, *(_third(third) for third in drawn["thirds"])))
+            thirds: Sequence[Estimate | None] = [_third(third) for third in drawn["thirds"]] or [None] * 3  # too few
+            terciles.append((title, *thirds))
     columns = ("replies", "n", "hallucinated", "entropy (nats)", "r, per sample", "r, binned", "bins")
     tables = [
         Table(

@@ -161,6 +161,11 @@ def credit_samples(slope: float, images: int = 60) -> list[Any]:
     return samples
 
 
+def test_tables_of_few_samples_have_all_their_columns() -> None:
+    for table in Credit(resamples=100).study(credit_samples(0.0, images=2)).tables:
+        assert {len(line) for line in table.rows} <= {len(table.columns)}
+
+
 def test_credit_correlates_samples_and_bins() -> None:
     samples = credit_samples(-0.9)
     found = Credit(bins=10, resamples=300).study(samples)
