@@ -273,7 +273,7 @@ class RunRecord:
     weights
         What identifies the checkpoint: ``sha256:...`` of its files or ``commit:...`` of the hub; empty where unknown.
     created_at
-        ISO time, UTC.
+        ISO time, UTC, to the millisecond: it tells a run from another of the same stack.
     """
 
     status: str

@@ -22,6 +22,7 @@ from typing import Any
 
 os.environ["MITIGATE_PLUGINS"] = "none"  # read when the registry is first asked
 
+from mitigate.adapters.base import Adapter
 from mitigate.methods import BUILTIN as METHODS
 from mitigate.registry import adapters, methods
 from mitigate.runner.fingerprint import code_hash
@@ -50,9 +51,10 @@ explain themselves, and refused otherwise.
 
 
 def stamp(family: str, method: str) -> str:
-    """Hash the code of a family's adapter and of a method."""
-    module = adapters().get(family).__module__.replace(".", "/") + ".py"
-    text = (ROOT / module).read_bytes() + code_hash(methods().get(method)).encode()
+    """Hash the code of a family's adapter, of those it extends, and of a method."""
+    modules = {kind.__module__ for kind in adapters().get(family).__mro__ if issubclass(kind, Adapter)}
+    files = sorted(ROOT / f"{module.replace('.', '/')}.py" for module in modules - {Adapter.__module__})
+    text = b"".join(file.read_bytes() for file in files) + code_hash(methods().get(method)).encode()
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -160,7 +160,7 @@ def _opening(resolved: ResolvedRun, diagnostic: Diagnostic, folder: Path, sample
     data_hash = resolved.benchmark.data_hash()
     if earlier and earlier.get("data_hash") != data_hash:
         raise DataError(f"{folder} was made with other data or pictures of this benchmark; delete it to run it again")
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {
         "diagnostic": diagnostic.name,
         "parameters": diagnostic.params(),

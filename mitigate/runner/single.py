@@ -250,7 +250,7 @@ def _opening(resolved: ResolvedRun, earlier: RunRecord | None, samples: int) -> 
         prompt_hash=_prompt_hash(resolved.benchmark),
         unreadable=[image for image, found in _pictures(resolved.benchmark, skip).items() if found is None],
         weights=earlier.weights if earlier is not None else "",
-        created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=earlier.created_at if earlier is not None else datetime.now(UTC).isoformat(timespec="milliseconds"),
     )
 
 
