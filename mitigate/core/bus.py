@@ -183,7 +183,7 @@ class HookBus:
     def drop(self) -> None:
         """Forget the request without telling the methods."""
         if self.request is not None:
-            self.request.lineage.release()
+            self.request.release()
         self.request = None
 
     def _lifecycle(self, point: Point) -> None:

@@ -298,6 +298,13 @@ class Request:
             for layer, row, gradient in zip(layers, rows, gradients, strict=True)
         }
 
+    def release(self) -> None:
+        """Let go of what only a running request needs: caches, graphs, pictures. What methods counted stays."""
+        self.lineage.release()
+        self.cache = self.graph_logits = self.streams = None
+        self.prompt_keys.clear()
+        self.forget_inputs()
+
     def telemetry(self) -> list[dict[str, dict[str, float]]]:
         """Return per sample: method key -> counter -> value, plus the bus's own totals under ``bus``."""
         copies = self.layout.rows // self.samples

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mitigate.core import Access, HiddenStates, Method, MethodState, ModelFacts, Point, Rows, Subscription, Tags
 from mitigate.core.stack import Stack
 from mitigate.registry import methods
 from mitigate.testing.tiny import Prompt, TinyModel, tiny_model
@@ -84,3 +87,30 @@ def test_scr_reads_the_rows_of_the_question_alone() -> None:
     columns = inputs["input_ids"].shape[1]
     own = held_by(tiny, ["scr"], inputs)
     assert HEADS * 40 * columns * 4 <= own.largest < HEADS * 60 * columns * 4
+
+
+class Looks(Method):
+    """Notes the cache of the request it is in."""
+
+    name: ClassVar[str] = "looks"
+    summary: ClassVar[str] = "keeps weak references"
+    tags: ClassVar[Tags] = Tags(reads=frozenset({Point.HIDDEN_STATES}))
+    caches: ClassVar[list[weakref.ref[Any]]] = []
+
+    def subscriptions(self, model: ModelFacts) -> list[Subscription]:
+        return [Subscription(point=Point.HIDDEN_STATES, access=Access.READ, layers=(0,), rows=Rows.LAST)]
+
+    def on_hidden_states(self, event: HiddenStates, state: MethodState) -> None:
+        state.count("seen", 1.0)
+        self.caches.append(weakref.ref(event.request.cache))
+
+
+@pytest.mark.parametrize("names", [[], ["sgrs"]], ids=["generate", "own loop"])
+def test_nothing_of_a_request_but_what_was_counted_is_held_when_it_has_ended(names: list[str]) -> None:
+    tiny = tiny_model("llava")
+    Looks.caches.clear()
+    with Stack([Looks(), *(methods().get(name)() for name in names)]).attach(tiny.model, tiny.processor) as handle:
+        handle.generate(**tiny.inputs(PROMPTS[:1]), max_new_tokens=2, do_sample=False)
+        gc.collect()
+        assert [cache() for cache in Looks.caches] == [None] * len(Looks.caches)
+        assert handle.telemetry()[0]["looks"]["seen"] == len(Looks.caches) >= 2
