@@ -272,7 +272,7 @@ class DLEAF(Method):
 
     def _finish(self, event: AttentionScores | AttentionProbs, sweep: Sweep, state: MethodState) -> None:
         """Count at the end of the forward; with a threshold per sample, remember what each row has seen."""
-        for name, total in sweep.totals.items():
+        for name, total in sweep.close().items():
             state.count(name, total)
         if self.bas_scope == "sample":
             asked = event.row_mask.to(sweep.seen.device)
@@ -304,7 +304,7 @@ class DLEAF(Method):
         )
         after = corrected.softmax(-1) if early else corrected
         learned = entropy if self.state_update == "pre" else self._entropy(after, kept, sweep)
-        sweep.seen = torch.where(diagnosed, level.update(sweep.seen, learned), sweep.seen)
+        sweep.seen = torch.where(diagnosed, level.update(sweep.seen, learned), sweep.seen).detach()
         mass, mass_after = key_mass(weights, patches), key_mass(after, patches)
         sweep.add(
             layers_diagnosed=diagnosed,

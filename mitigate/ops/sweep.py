@@ -70,7 +70,7 @@ class Sweep:
             better = score > its_score
             row = torch.where(better[:, None, :, None], row, known)
             score, origin = torch.where(better, score, its_score), torch.where(better, origin, its_origin)
-        self.best = row, score, origin
+        self.best = row, score.detach(), origin
         return row
 
     def add(self, **amounts: Tensor) -> None:
@@ -79,6 +79,11 @@ class Sweep:
             total = amount.detach().sum(1).double()
             known = self.totals.get(name)
             self.totals[name] = total if known is None else known.to(total.device) + total
+
+    def close(self) -> dict[str, Tensor]:
+        """Return the totals; let go of weights, whose graph would outlive the forward where gradients are taken."""
+        self.scores = self.best = None
+        return self.totals
 
 
 def picture_groups(layout: TokenLayout) -> Tensor:

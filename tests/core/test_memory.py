@@ -114,3 +114,13 @@ def test_nothing_of_a_request_but_what_was_counted_is_held_when_it_has_ended(nam
         gc.collect()
         assert [cache() for cache in Looks.caches] == [None] * len(Looks.caches)
         assert handle.telemetry()[0]["looks"]["seen"] == len(Looks.caches) >= 2
+
+
+@pytest.mark.parametrize("bas_scope", ["forward", "sample"])
+def test_no_graph_outlives_the_forwards_through_which_another_method_differentiates(bas_scope: str) -> None:
+    tiny = tiny_model("llava")
+    stack = Stack([methods().get("dleaf")(bas_scope=bas_scope), methods().get("clva")(), methods().get("sgrs")()])
+    with stack.attach(tiny.model, tiny.processor) as handle:
+        handle.generate(**tiny.inputs(PROMPTS[:1]), max_new_tokens=3, do_sample=False)
+        gc.collect()
+        assert not [each for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None]
