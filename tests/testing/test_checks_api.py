@@ -82,18 +82,27 @@ SNEAKY = [
 ]
 
 
+def from_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Gentle]]:
+    """Return a clean file and the class made from it; a fresh process imports what the file holds then."""
+    file = folder / "sneaky.py"
+    file.write_text("from tests.testing.gentle import Gentle\n\nclass Sneaky(Gentle):\n    name = 'sneaky'\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "sneaky", raising=False)
+    plugin: type[Gentle] = importlib.import_module("sneaky").Sneaky
+    monkeypatch.delitem(sys.modules, "sneaky")
+    return file, plugin
+
+
+def test_a_clean_file_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plugin = from_file(tmp_path, monkeypatch)
+    assert failures(plugin, "check_import_clean") == []
+
+
 @pytest.mark.parametrize(("line", "message"), SNEAKY, ids=[line.partition("\n")[0] for line, _ in SNEAKY])
 def test_a_file_that_does_something_at_import_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    """The class is made from a clean file; what the fresh process imports then is the sneaky one."""
-    file = tmp_path / "sneaky.py"
-    file.write_text("from tests.testing.gentle import Gentle\n\nclass Sneaky(Gentle):\n    name = 'sneaky'\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "sneaky", raising=False)
-    plugin = importlib.import_module("sneaky").Sneaky
-    monkeypatch.delitem(sys.modules, "sneaky")
-    assert failures(plugin, "check_import_clean") == []
+    file, plugin = from_file(tmp_path, monkeypatch)
     file.write_text(file.read_text() + f"\n{line}\n")
     (caught,) = failures(plugin, "check_import_clean")
     assert re.search(message, caught.message), caught.message
