@@ -181,6 +181,11 @@ def test_a_comparison_that_is_not_of_these_runs_is_made_anew(runs: Path) -> None
     assert Kept.runs[1]["metrics"]["chair_i"] != 0.123
 
 
+def test_runs_of_one_second_are_told_apart(made: Path) -> None:
+    folders = [path for path in made.rglob("record.json") if path.parent.name != "broken-off"]
+    assert len({json.loads(path.read_text())["created_at"] for path in folders}) == len(folders) == 5
+
+
 def test_what_lies_together_but_cannot_be_compared_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "seed-0" / "turned")
     shutil.copytree(runs / "single", runs / "seed-0" / "turned")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -104,3 +106,20 @@ def test_issue_forms_can_be_read() -> None:
         assert all(field["attributes"]["label"] for field in form["body"])
     assert "docs/concepts/points.md" in source(ROOT / ".github" / "ISSUE_TEMPLATE" / "new-method.yml")
     assert (DOCS / "concepts").is_dir()
+
+
+def test_the_support_matrix_notices_changes_of_extended_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MITIGATE_PLUGINS", "none")
+    script = runpy.run_path(str(ROOT / "scripts" / "support_matrix.py"))
+    stamp = script["stamp"]
+    shutil.copytree(ROOT / "mitigate" / "adapters", tmp_path / "mitigate" / "adapters")
+    monkeypatch.setitem(stamp.__globals__, "ROOT", tmp_path)
+
+    def changed(name: str) -> bool:
+        before, file = stamp("llava_onevision", "locore"), tmp_path / "mitigate" / "adapters" / f"{name}.py"
+        file.write_text(file.read_text() + "# changed")
+        return bool(stamp("llava_onevision", "locore") != before)
+
+    assert [changed(name) for name in ("llava_onevision", "llava_next", "chameleon")] == [True, True, False]

@@ -134,6 +134,12 @@ def test_the_class_is_judged_on_one_family() -> None:
         assert known == [("check_parameters_matter", "llava"), *(("check_batch", family) for family in families)]
 
 
+@pytest.mark.parametrize("family", ["internvl", "instructblip"])
+def test_a_way_of_decoding_in_which_the_plain_model_fails_says_nothing_against_a_method(family: str) -> None:
+    found = check_method(methods().get("locore"), families=[family], only=["check_cache"], on_fail=None)
+    assert {row.status for row in found} == {"passed"}
+
+
 @pytest.mark.parametrize("wrong", ["gentle", int, Method])
 def test_what_is_no_method_is_refused(wrong: Any) -> None:
     with pytest.raises(PluginError, match=r"is no method|cannot be built"):
