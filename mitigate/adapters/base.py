@@ -211,6 +211,10 @@ class Adapter(ABC):
             )
         return derive_layout(self, Batch(model, processor, inputs, *self.picture_facts(model, inputs)), ids, mask)
 
+    def completed(self, layout: TokenLayout, ids: Tensor, batch: Batch) -> TokenLayout:
+        """Return a derived layout with what this family alone has, or refuse it with a `LayoutError`."""
+        return layout
+
     # ------------------------------------------------------------------------------------------- whole prompts, by hand
 
     def prompt_inputs(

@@ -89,17 +89,9 @@ class Gemma3Adapter(Adapter):
             crops.append(row[one[1] : other[0]].tolist() == (further if crops[-1] else opening))
         return crops
 
-    def layout(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        mask: Tensor | None,
-        inputs: Mapping[str, Any],
-        processor: ProcessorMixin | None = None,
-    ) -> TokenLayout:
-        """Derive the roles of a batch of prompts, and compare its rasters with the pixels; see `Adapter.layout`."""
-        layout = super().layout(model, ids, mask, inputs, processor)
-        pixels, rasters = inputs.get("pixel_values"), sum(_rasters(layout))
+    def completed(self, layout: TokenLayout, ids: Tensor, batch: Batch) -> TokenLayout:
+        """Compare the rasters of the prompts with the pixels."""
+        pixels, rasters = batch.inputs.get("pixel_values"), sum(_rasters(layout))
         if pixels is not None and len(pixels) != rasters:
             raise LayoutError(
                 f"the inputs bring {len(pixels)} pictures and crops, but the prompts hold the tokens of {rasters};"

@@ -131,21 +131,13 @@ class Idefics3Adapter(Adapter):
                 )
         return spans
 
-    def layout(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        mask: Tensor | None,
-        inputs: Mapping[str, Any],
-        processor: ProcessorMixin | None = None,
-    ) -> TokenLayout:
-        """Derive the roles; a tile's name is a separator also where it is spelled in several tokens."""
-        layout = super().layout(model, ids, mask, inputs, processor)
-        if inputs.get("pixel_values") is not None:
-            _places(inputs, layout)  # refuses tiles that the prompts have no tokens for
+    def completed(self, layout: TokenLayout, ids: Tensor, batch: Batch) -> TokenLayout:
+        """Make a tile's name a separator also where it is spelled in several tokens."""
+        if batch.inputs.get("pixel_values") is not None:
+            _places(batch.inputs, layout)  # refuses tiles that the prompts have no tokens for
         roles = layout.prompt_roles.clone()
         for row, marked in zip(ids, roles, strict=True):
-            for part in itertools.chain.from_iterable(_pictures(row, model, processor)):
+            for part in itertools.chain.from_iterable(_pictures(row, batch.model, batch.processor)):
                 marked[part.opens : part.start] = int(Role.SEPARATOR)
         return dataclasses.replace(layout, prompt_roles=roles)
 

@@ -78,16 +78,8 @@ class InstructBlipAdapter(Adapter):
             for start, stop in equal_spans(row, config.image_token_id, config.num_query_tokens, self.family)
         ]
 
-    def layout(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        mask: Tensor | None,
-        inputs: Mapping[str, Any],
-        processor: ProcessorMixin | None = None,
-    ) -> TokenLayout:
-        """Derive the roles; the processor pads between picture and text, and the text begins after the padding."""
-        layout = super().layout(model, ids, mask, inputs, processor)
+    def completed(self, layout: TokenLayout, ids: Tensor, batch: Batch) -> TokenLayout:
+        """Let spans end after the padding the processor puts between picture and text: there the text begins."""
         images = tuple(
             tuple(dataclasses.replace(span, stop=_next(valid, span.stop)) for span in spans)
             for spans, valid in zip(layout.images, layout.valid, strict=True)

@@ -103,18 +103,10 @@ class InternVLAdapter(Adapter):
                 spans.extend(_tiles(row, batch, start, tiles, side))
         return spans
 
-    def layout(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        mask: Tensor | None,
-        inputs: Mapping[str, Any],
-        processor: ProcessorMixin | None = None,
-    ) -> TokenLayout:
-        """Derive the roles of a batch of prompts, and compare its tiles with the pixels; see `Adapter.layout`."""
-        layout = super().layout(model, ids, mask, inputs, processor)
-        if inputs.get("pixel_values") is not None:
-            _tile_places(layout, len(inputs["pixel_values"]))
+    def completed(self, layout: TokenLayout, ids: Tensor, batch: Batch) -> TokenLayout:
+        """Compare the tiles of the prompts with the pixels."""
+        if batch.inputs.get("pixel_values") is not None:
+            _tile_places(layout, len(batch.inputs["pixel_values"]))
         return layout
 
     # ----------------------------------------------------------------------------------------------------- the images

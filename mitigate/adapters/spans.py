@@ -120,7 +120,7 @@ def derive_layout(adapter: Adapter, batch: Batch, ids: Tensor, mask: Tensor | No
         tuple(dataclasses.replace(span, image=span.image + after) if span.frame is not None else span for span in spans)
         for spans in rows
     )
-    return TokenLayout(roles, tuple(numbered), ids.shape[1])
+    return adapter.completed(TokenLayout(roles, tuple(numbered), ids.shape[1]), ids, batch)
 
 
 def check_pictures(inputs: Mapping[str, Any], layout: TokenLayout, *, encodes: bool) -> None:
